@@ -1,0 +1,87 @@
+"""Assembly: settings → store → Starlette. `python app.py` serves; `app:app` is for any other ASGI server."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import models
+import settings
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+
+from hookline import schema
+from hookline.errors import HooklineError
+from hookline.storage import Storage, open_database
+from hookline.webhooks import WebhookManager
+from web import api, operations
+from web.access import Access
+
+SHUTDOWN_TIMEOUT = 10  # seconds that open requests get
+
+
+def create_app(config: settings.Settings) -> Starlette:
+    """The service on the database of `config`. Raises Conflict while migrations are pending."""
+    db = open_database(config.database_url)
+    models.db.initialize(db)
+    schema.require_current(db)
+    storage = Storage(db)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await storage.start()
+        yield
+        await storage.stop()
+
+    app = Starlette(
+        routes=[*api.routes, *operations.routes],
+        middleware=[
+            Middleware(Access, api_keys=config.api_keys, allow_anonymous=config.allow_anonymous),
+            Middleware(operations.BodyLimit, max_body=config.max_body),
+        ],
+        exception_handlers=operations.exception_handlers,
+        lifespan=lifespan,
+    )
+    app.state.storage = storage
+    app.state.manager = WebhookManager(db=db)
+    return app
+
+
+def assembled() -> tuple[Starlette, settings.Settings]:
+    """The service of this process's settings, or one line that says what is wrong and exit status 1."""
+    try:
+        config = settings.load()
+        return create_app(config), config
+    except (settings.BadSetting, HooklineError) as exc:
+        sys.exit(f"Hookline cannot start: {exc}")
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made when a server asks for it, so that importing this module does nothing."""
+    if name == "app":
+        return assembled()[0]
+    raise AttributeError(name)
+
+
+def main() -> None:
+    app, config = assembled()
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    print(f"Hookline serves on http://{config.host}:{config.port}", flush=True)
+    uvicorn.run(
+        app,
+        host=config.host,
+        port=config.port,
+        workers=1,
+        log_level=config.log_level,
+        access_log=config.log_level == "debug",
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What can go wrong in the domain, five kinds. `web` maps each to a status, `manage.py` to a message.
+
+    HooklineError
+    ├── NotFound      no such thing
+    ├── Conflict      the request contradicts what is stored
+    ├── Invalid       the input is wrong; `problems` lists every one
+    ├── TooLarge      the input is over a limit
+    └── Unavailable   the database could not do it now; nothing was stored, try again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class HooklineError(Exception):
+    """The sentence is for the user: it never holds a secret, SQL or a traceback."""
+
+
+class NotFound(HooklineError):
+    pass
+
+
+class Conflict(HooklineError):
+    pass
+
+
+class Invalid(HooklineError):
+    def __init__(self, sentence: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(sentence)
+        self.problems = list(problems)
+
+
+class TooLarge(HooklineError):
+    pass
+
+
+class Unavailable(HooklineError):
+    pass

@@ -1,0 +1,107 @@
+"""The schema's history: a thin wrapper of Peewee's own migration runner (`playhouse.migrations`).
+
+It opens the connection, lets one process migrate at a time, and checks the foreign keys afterwards, all of which the
+runner leaves to its caller.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import models
+from peewee import Database
+from playhouse.migrations import Runner
+from playhouse.schema_diff import diff_models
+
+from hookline.errors import Conflict, HooklineError, Invalid
+from hookline.storage import connected, unavailable_when_it_fails
+
+DIRECTORY = Path(__file__).resolve().parent.parent / "migrations"
+
+
+def status(db: Database, directory: Path = DIRECTORY) -> list[tuple[str, datetime | None]]:
+    """Every migration in order, with the time it was applied (None: pending)."""
+    with connected(db), unavailable_when_it_fails():
+        return [(migration.name, migration.applied) for migration in Runner(db, str(directory)).status()]
+
+
+def pending(db: Database, directory: Path = DIRECTORY) -> list[str]:
+    """The names of the migrations that are not applied yet. Raises Unavailable."""
+    return [name for name, applied in status(db, directory) if applied is None]
+
+
+def require_current(db: Database, directory: Path = DIRECTORY) -> None:
+    """Raises Conflict, naming the command to run, while migrations are pending."""
+    if names := pending(db, directory):
+        raise Conflict(f"the database needs migrating ({', '.join(names)}): run  python manage.py migrate up")
+
+
+def up(db: Database, target: str | None = None, directory: Path = DIRECTORY) -> list[str]:
+    """Apply what is pending, each migration in its own transaction; returns the names applied.
+
+    Raises Invalid if one fails: it is rolled back, those before it stay.
+    """
+    return _run(db, directory, lambda runner: runner.up(target))
+
+
+def down(db: Database, target: str | None = None, directory: Path = DIRECTORY) -> list[str]:
+    """Revert the newest migration, or all back through `target`; returns the names reverted. Raises Invalid."""
+    return _run(db, directory, lambda runner: runner.down(target))
+
+
+def create(db: Database, name: str, directory: Path = DIRECTORY) -> Path:
+    """A new, numbered, empty migration script; returns its path."""
+    return Path(Runner(db, str(directory)).create(name))
+
+
+def diff(db: Database) -> str:
+    """What the database lacks or has too much against the models; '' when they agree."""
+    with connected(db), unavailable_when_it_fails():
+        found = diff_models(db, models.TABLES)
+    return str(found) if found else ""
+
+
+def _run(db: Database, directory: Path, action: Callable[[Runner], list[str]]) -> list[str]:
+    runner = Runner(db, str(directory))
+    with _alone(db), connected(db):
+        try:
+            names = action(runner)
+        except HooklineError:
+            raise
+        except Exception as exc:  # a script may raise anything
+            _forget_empty_history(runner)
+            raise Invalid(f"migration failed, and was rolled back: {exc}") from exc
+        _check_foreign_keys(db)
+    return names
+
+
+def _forget_empty_history(runner: Runner) -> None:
+    """A first migration that failed leaves nothing behind, not even the runner's table."""
+    if runner.History.table_exists() and not runner.applied():
+        runner.History.drop_table()
+
+
+def _check_foreign_keys(db: Database) -> None:
+    broken = db.execute_sql("PRAGMA foreign_key_check").fetchall()
+    if broken:
+        raise Invalid(f"{len(broken)} rows point at rows that are gone, the first in the table {broken[0][0]}")
+
+
+@contextmanager
+def _alone(db: Database) -> Iterator[None]:
+    """One migrating process at a time. The lock is on the folder, so that no lock file is left behind."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two at once collide, harmlessly
+        yield
+        return
+    folder = os.open(Path(db.database).resolve().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

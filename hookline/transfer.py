@@ -1,0 +1,389 @@
+"""Moving registrations from the replaced service's JSON file, and back.
+
+The file is an object of webhook id → entry, or, in its older form, a list of entries with `id`, `event_types`, `active`,
+`success_count` and `failure_count`. Reading never guesses: what is not of that shape is listed as a problem.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from models import UtcField
+from peewee import Database
+
+from hookline import clock
+from hookline.errors import Invalid
+from hookline.storage import connected, transaction, unavailable_when_it_fails
+from hookline.webhooks import check_text, legacy_time
+
+FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()
+OLD_NAMES = {
+    "event_types": "events",
+    "active": "enabled",
+    "success_count": "total_calls",
+    "failure_count": "failed_calls",
+}
+DEFAULTS = {"team": None, "total_calls": 0, "failed_calls": 0, "last_success": None, "last_failure": None, "enabled": True}
+HTTP_URL = re.compile(r"https?://[^\s/?#\\]+[^\s]*", re.IGNORECASE)
+TIMES = ("created_at", "last_success", "last_failure")
+COUNTS = ("total_calls", "failed_calls")
+BATCH = 2000
+MAX_COUNT = 2**63 - 1
+
+Progress = Callable[[str, int, int], None]  # what is done, how many of how many
+Row = dict[str, Any]
+
+utc = UtcField()
+
+
+@dataclass
+class Report:
+    """What an import did, or, of a dry run, would do. Counts are webhooks."""
+
+    new: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    invalid: int = 0
+    backup: Path | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+class Duplicated(dict[str, Any]):
+    """A JSON object in which some keys came twice."""
+
+    keys_twice: frozenset[str] = frozenset()
+
+
+def import_file(
+    db: Database, path: Path, *, dry_run: bool = False, skip_invalid: bool = False, progress: Progress | None = None
+) -> Report:
+    """Store every webhook of the file, after a backup of it, in one transaction.
+
+    Raises Invalid, with every problem, if something in the file is wrong (unless `skip_invalid`, which leaves those
+    entries out; a file that is not JSON of either form is refused all the same), and Unavailable. Either changes nothing.
+    """
+    content = read_bytes(path)
+    rows, report = parse(content, progress or silent)
+    if report.problems and not skip_invalid:
+        raise Invalid(f"{path}: nothing was imported, {report.invalid} entries are invalid", report.problems)
+    with unavailable_when_it_fails(), connected(db):
+        if dry_run:
+            compare(rows, stored(db), report)
+            return report
+        report.backup = back_up(path, content)
+        with transaction(db):
+            new, updated = compare(rows, stored(db), report)
+            write(db, new, updated, progress or silent)
+    return report
+
+
+def export_file(db: Database, path: Path, progress: Progress | None = None) -> int:
+    """Write every webhook in the replaced service's form, all or nothing; returns how many. Raises Invalid, Unavailable."""
+    with unavailable_when_it_fails(), connected(db):
+        entries = {row["webhook_id"]: exported(row) for row in everything(db)}
+    text = json.dumps(entries, indent=2)
+    replace_file(path, text.encode())
+    if progress is not None:
+        progress("exported", len(entries), len(entries))
+    return len(entries)
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise Invalid(f"{path} cannot be read: {exc.strerror}") from exc
+
+
+def parse(content: bytes, progress: Progress) -> tuple[list[Row], Report]:
+    """The rows of a file's valid entries, and a report that lists the problems of the others.
+
+    Raises Invalid if the whole is not JSON of one of the two forms.
+    """
+    entries = list(entries_of(decode(content)))
+    report = Report()
+    now = utc.db_value(clock.now())
+    rows: list[Row] = []
+    for index, (webhook_id, entry, problems) in enumerate(entries):
+        row = {} if problems else read_entry(entry, problems)
+        if problems:
+            report.invalid += 1
+            report.problems += [f"{webhook_id}: {problem}" for problem in problems]
+        else:
+            rows.append({"webhook_id": webhook_id, "imported_at": now, **row})
+        if index % BATCH == 0:
+            progress("checked", index, len(entries))
+    progress("checked", len(entries), len(entries))
+    return rows, report
+
+
+def decode(content: bytes) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=as_dict, parse_constant=no_constant)
+    except UnicodeDecodeError as exc:
+        raise Invalid(f"not UTF-8 at byte {exc.start}; nothing was imported") from exc
+    except json.JSONDecodeError as exc:
+        reason = f"not JSON at line {exc.lineno}, column {exc.colno}: {exc.msg}; nothing was imported"
+        raise Invalid(reason) from exc
+    except (ValueError, RecursionError) as exc:
+        raise Invalid(f"not JSON that can be read: {exc}; nothing was imported") from exc
+
+
+def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    repeated = Duplicated(found)
+    repeated.keys_twice = frozenset(name for name in found if names.count(name) > 1)
+    return repeated
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def entries_of(document: Any) -> Iterator[tuple[str, Any, list[str]]]:
+    """Each entry with its id (or place) and the problems that are already known."""
+    if isinstance(document, dict):
+        repeated = document.keys_twice if isinstance(document, Duplicated) else ()
+        for webhook_id, entry in document.items():
+            yield webhook_id, entry, id_problems(webhook_id, webhook_id in repeated)
+    elif isinstance(document, list):
+        yield from entries_of_list(document)
+    else:
+        raise Invalid("not an object of webhooks by id, nor a list of webhooks; nothing was imported")
+
+
+def entries_of_list(document: list[Any]) -> Iterator[tuple[str, Any, list[str]]]:
+    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in document]
+    seen = [webhook_id for webhook_id in ids if isinstance(webhook_id, str)]
+    repeated = {webhook_id for webhook_id in set(seen) if seen.count(webhook_id) > 1} if len(set(seen)) < len(seen) else ()
+    for index, (webhook_id, entry) in enumerate(zip(ids, document, strict=True)):
+        if not isinstance(entry, dict):
+            yield f"entry {index}", entry, ["not an object"]
+        elif not isinstance(webhook_id, str):
+            yield f"entry {index}", entry, ["id is missing or not a string"]
+        else:
+            yield webhook_id, without_id(entry), id_problems(webhook_id, webhook_id in repeated)
+
+
+def without_id(entry: dict[str, Any]) -> dict[str, Any]:
+    renamed = {OLD_NAMES.get(name, name): value for name, value in entry.items() if name != "id"}
+    if isinstance(entry, Duplicated):
+        again = Duplicated(renamed)
+        again.keys_twice = entry.keys_twice
+        return again
+    return renamed
+
+
+def id_problems(webhook_id: str, repeated: bool) -> list[str]:
+    if repeated:
+        return ["the id comes more than once"]
+    if not webhook_id or len(webhook_id) > 255 or "/" in webhook_id:
+        return ["the id must have 1 to 255 characters, and no slash"]
+    return text_problems("the id", webhook_id)
+
+
+def read_entry(entry: Any, problems: list[str]) -> Row:
+    """What one entry gives, as a row; what is wrong is added to `problems`, by field."""
+    if not isinstance(entry, dict):
+        problems.append("not an object")
+        return {}
+    if isinstance(entry, Duplicated):
+        problems += [f"{name}: comes more than once" for name in sorted(entry.keys_twice)]
+    problems += [f"{name}: unknown field, it would be lost" for name in entry if name not in FIELDS]
+    url, events, secret, team = (entry.get(name) for name in ("url", "events", "secret", "team"))
+    if not isinstance(url, str) or not HTTP_URL.fullmatch(url):
+        problems.append("url: " + ("not an http or https URL" if "url" in entry else "missing"))
+    if not isinstance(events, list) or not all(isinstance(event, str) for event in events):
+        problems.append("events: " + ("not a list of strings" if "events" in entry else "missing"))
+        events = []
+    if not isinstance(secret, str) or not secret:
+        problems.append("secret: " + ("not a string, or empty" if "secret" in entry else "missing"))
+    if team is not None and not isinstance(team, str):
+        problems.append("team: neither a string nor null")
+    for name, text in (("url", url), ("secret", secret), ("team", team), *(("events", event) for event in events)):
+        problems += text_problems(name, text) if isinstance(text, str) else []
+    row: Row = {"url": url, "events": json.dumps(events), "secret": secret, "team": team}
+    row |= {name: time_of(entry[name], name, problems) for name in TIMES if name in entry}
+    row |= {name: count_of(entry[name], name, problems) for name in COUNTS if name in entry}
+    if "enabled" in entry:
+        row["enabled"] = boolean_of(entry["enabled"], "enabled", problems)
+    return {name: value for name, value in row.items() if name in entry and (value is not None or name != "created_at")}
+
+
+def text_problems(name: str, text: str) -> list[str]:
+    if text.isascii() and "\0" not in text:
+        return []
+    try:
+        check_text(name, text)
+    except Invalid as exc:
+        return [str(exc)]
+    return []
+
+
+def time_of(value: Any, name: str, problems: list[str]) -> str | None:
+    if value is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(value)
+        return utc.db_value(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)
+    except (TypeError, ValueError, OverflowError):
+        problems.append(f"{name}: not an ISO 8601 time")
+        return None
+
+
+def count_of(value: Any, name: str, problems: list[str]) -> int:
+    if type(value) is int and 0 <= value <= MAX_COUNT:
+        return value
+    problems.append(f"{name}: not a whole number from 0 on")
+    return 0
+
+
+def boolean_of(value: Any, name: str, problems: list[str]) -> bool:
+    if not isinstance(value, bool):
+        problems.append(f"{name}: neither true nor false")
+    return bool(value)
+
+
+def compare(rows: Iterable[Row], stored_rows: Mapping[str, Row], report: Report) -> tuple[list[Row], list[Row]]:
+    """Which rows are new and which differ from what is stored; counts them in the report."""
+    new, updated = [], []
+    for row in rows:
+        before = stored_rows.get(row["webhook_id"])
+        whole = {**DEFAULTS, "created_at": row["imported_at"], **(before or {}), **row}
+        if before is None:
+            new.append(whole)
+        elif any(whole[name] != before[name] for name in FIELDS):
+            updated.append(whole)
+        else:
+            report.unchanged += 1
+    report.new, report.updated = len(new), len(updated)
+    return new, updated
+
+
+def stored(db: Database) -> dict[str, Row]:
+    return {row["webhook_id"]: row for row in everything(db)}
+
+
+def everything(db: Database) -> Iterator[Row]:
+    columns = ("webhook_id", *FIELDS)
+    cursor = db.execute_sql(f"SELECT {', '.join(columns)} FROM webhooks ORDER BY created_at, webhook_id")
+    for row in cursor.fetchall():
+        found = dict(zip(columns, row, strict=True))
+        for name in TIMES:
+            found[name] = utc.db_value(utc.python_value(found[name]))
+        yield found
+
+
+def write(db: Database, new: list[Row], updated: list[Row], progress: Progress) -> None:
+    """Insert and update, in batches of one statement kind; subscriptions in the order of their primary key."""
+    columns = ("webhook_id", *FIELDS, "updated_at")
+    slots = ", ".join([db.param] * len(columns))
+    insert = f"INSERT INTO webhooks ({', '.join(columns)}) VALUES ({slots})"
+    change = ", ".join(f"{name} = {db.param}" for name in columns[1:])
+    update = f"UPDATE webhooks SET {change} WHERE webhook_id = {db.param}"
+    cursor = db.cursor()
+    total, done = len(new) + len(updated), 0
+    for batch in batches(new):
+        cursor.executemany(insert, [values_of(row) for row in batch])
+        progress("written", done := done + len(batch), total)
+    for batch in batches(updated):
+        cursor.executemany(update, [(*values_of(row)[1:], row["webhook_id"]) for row in batch])
+        cursor.executemany(
+            f"DELETE FROM subscriptions WHERE webhook_id = {db.param}", [(row["webhook_id"],) for row in batch]
+        )
+        progress("written", done := done + len(batch), total)
+    subscribe = f"INSERT INTO subscriptions (event_type, team, webhook_id) VALUES ({db.param}, {db.param}, {db.param})"
+    cursor.executemany(subscribe, sorted(subscriptions_of([*new, *updated])))
+
+
+def values_of(row: Row) -> tuple[Any, ...]:
+    return (row["webhook_id"], *[row[name] for name in FIELDS], row["imported_at"])
+
+
+def subscriptions_of(rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
+    for row in rows:
+        for event in dict.fromkeys(json.loads(row["events"])):
+            yield event, row["team"] or "", row["webhook_id"]
+
+
+def batches(rows: list[Row]) -> Iterator[list[Row]]:
+    for start in range(0, len(rows), BATCH):
+        yield rows[start : start + BATCH]
+
+
+def exported(row: Row) -> dict[str, Any]:
+    entry = {name: row[name] for name in FIELDS}
+    for name in TIMES:
+        entry[name] = legacy_time(utc.python_value(entry[name]))
+    return {**entry, "events": json.loads(row["events"]), "enabled": bool(row["enabled"])}
+
+
+def back_up(path: Path, content: bytes) -> Path:
+    """A durable, byte-exact copy beside the file: `NAME.backup`, or `.backup.1` and on where an older one differs."""
+    for number in range(10_000):
+        backup = path.with_name(f"{path.name}.backup" + (f".{number}" if number else ""))
+        if not backup.exists():
+            write_new(backup, content)
+            return backup
+        if backup.read_bytes() == content:
+            return backup
+    raise Invalid(f"{path} has too many backups beside it")
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Raises Invalid if it cannot be written; never overwrites, and never leaves half a file under that name."""
+    temporary = write_temporary(path, content)
+    try:
+        os.link(temporary, path)
+    except OSError as exc:
+        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
+    finally:
+        temporary.unlink()
+    sync_folder(path.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Raises Invalid if it cannot be written; readers see the old file or the new one, whole."""
+    temporary = write_temporary(path, content)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_temporary(path: Path, content: bytes) -> Path:
+    """The content on the disk, readable by its owner alone (it holds secrets), beside its final place."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as exc:
+        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as exc:
+        os.unlink(name)
+        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
+    return Path(name)
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def silent(what: str, done: int, total: int) -> None:
+    pass

@@ -1,0 +1,118 @@
+"""The routes of /api/v1: each handler parses, makes one call into the domain, and renders."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+from starlette.endpoints import HTTPEndpoint
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from hookline.storage import Storage
+from hookline.webhooks import WebhookManager, generate_secret
+from web import schemas
+
+
+def storage_of(request: Request) -> Storage:
+    return cast(Storage, request.app.state.storage)
+
+
+def manager_of(request: Request) -> WebhookManager:
+    return cast(WebhookManager, request.app.state.manager)
+
+
+async def parsed(request: Request, model: type[schemas.M]) -> schemas.M:
+    return schemas.body_of(model, request.headers.get("content-type"), await request.body())
+
+
+# The three endpoints of the replaced service. Classes, because `/register` and `/list` must answer 405 to other
+# methods rather than be taken for the id of a webhook.
+
+
+class Register(HTTPEndpoint):
+    async def post(self, request: Request) -> Response:
+        new = await parsed(request, schemas.Registration)
+        url = str(new.url)
+        webhook_id = await storage_of(request).write(
+            manager_of(request).register, url, new.events, new.secret, new.team
+        )
+        shown = {"webhook_id": webhook_id, "url": url, "events": new.events, "team": new.team}
+        return JSONResponse({**shown, "message": "Webhook registered successfully"}, 201)
+
+
+class ListAll(HTTPEndpoint):
+    async def get(self, request: Request) -> Response:
+        return JSONResponse({"webhooks": await storage_of(request).scan(manager_of(request).get_all)})
+
+
+async def delete(request: Request) -> Response:
+    found = await storage_of(request).write(manager_of(request).unregister, request.path_params["webhook_id"])
+    if not found:
+        return JSONResponse({"detail": "Webhook not found"}, 404)
+    return Response(status_code=204, media_type="application/json")
+
+
+async def create(request: Request) -> Response:
+    new = await parsed(request, schemas.NewWebhook)
+    secret = new.secret or generate_secret()
+    register = partial(manager_of(request).register, description=new.description, headers=new.headers)
+    storage = storage_of(request)
+    webhook_id = await storage.write(register, str(new.url), new.events, secret, new.team)
+    shown = schemas.webhook_out(await storage.read(manager_of(request).get, webhook_id))
+    if new.secret is None:
+        shown["secret"] = secret
+    return JSONResponse(shown, 201, {"Location": f"/api/v1/webhooks/{webhook_id}"})
+
+
+async def page(request: Request) -> Response:
+    query = schemas.query_of(schemas.Listing, request.query_params)
+    look_up = partial(
+        manager_of(request).list,
+        team=query.team,
+        event=query.event,
+        enabled=query.enabled,
+        limit=query.limit + 1,
+        after=query.cursor,
+    )
+    found = await storage_of(request).scan(look_up)
+    more = len(found) > query.limit
+    cursor = schemas.cursor_after(found[query.limit - 1]) if more else None
+    return JSONResponse({"data": [schemas.webhook_out(row) for row in found[: query.limit]], "next_cursor": cursor})
+
+
+async def get(request: Request) -> Response:
+    found = await storage_of(request).read(manager_of(request).get, request.path_params["webhook_id"])
+    return JSONResponse(schemas.webhook_out(found))
+
+
+async def update(request: Request) -> Response:
+    changes = await parsed(request, schemas.WebhookChanges)
+    webhook_id = request.path_params["webhook_id"]
+    found = await storage_of(request).write(manager_of(request).update, webhook_id, changes.given())
+    return JSONResponse(schemas.webhook_out(found))
+
+
+async def rotate_secret(request: Request) -> Response:
+    body = await request.body() or b"{}"
+    wanted = schemas.body_of(schemas.Rotation, request.headers.get("content-type"), body)
+    secret = wanted.secret or generate_secret()
+    webhook_id = request.path_params["webhook_id"]
+    expires = await storage_of(request).write(manager_of(request).rotate, webhook_id, secret, wanted.overlap_seconds)
+    shown: dict[str, Any] = {"webhook_id": webhook_id, "previous_secret_expires_at": schemas.rfc3339(expires)}
+    if wanted.secret is None:
+        shown["secret"] = secret
+    return JSONResponse(shown)
+
+
+routes: list[BaseRoute] = [
+    Route("/api/v1/webhooks/register", Register),
+    Route("/api/v1/webhooks/list", ListAll),
+    Route("/api/v1/webhooks", create, methods=["POST"]),
+    Route("/api/v1/webhooks", page, methods=["GET"]),
+    Route("/api/v1/webhooks/{webhook_id}", get, methods=["GET"]),
+    Route("/api/v1/webhooks/{webhook_id}", update, methods=["PATCH"]),
+    Route("/api/v1/webhooks/{webhook_id}", delete, methods=["DELETE"]),
+    Route("/api/v1/webhooks/{webhook_id}/rotate-secret", rotate_secret, methods=["POST"]),
+]

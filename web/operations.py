@@ -1,0 +1,95 @@
+"""What a supervisor asks: is it alive, is it ready; and the one map from errors to statuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hookline import schema
+from hookline.errors import Conflict, HooklineError, Invalid, NotFound, TooLarge, Unavailable
+from web.schemas import Refused
+
+log = logging.getLogger("hookline")
+
+STATUSES: dict[type[HooklineError], int] = {NotFound: 404, Conflict: 409, Invalid: 422, TooLarge: 413, Unavailable: 503}
+
+
+async def health(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """200 once requests can be served: the database answers and its schema is current."""
+    storage = request.app.state.storage
+    try:
+        await storage.scan(schema.require_current, storage.db)
+    except (Conflict, Unavailable) as exc:
+        return JSONResponse({"detail": str(exc)}, 503)
+    return JSONResponse({"status": "ready"})
+
+
+async def domain_error(request: Request, exc: Exception) -> Response:
+    if isinstance(exc, Unavailable):
+        log.error("%s %s: %s", request.method, request.url.path, exc)
+    return JSONResponse({"detail": str(exc)}, STATUSES[type(exc)])  # type: ignore[index]
+
+
+async def refused(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, Refused)
+    return JSONResponse({"detail": exc.detail}, 422)
+
+
+async def http_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    return JSONResponse({"detail": exc.detail}, exc.status_code, exc.headers)
+
+
+async def unexpected(request: Request, exc: Exception) -> Response:
+    return JSONResponse({"detail": "Internal server error"}, 500)
+
+
+exception_handlers: Mapping[Any, Any] = {
+    **dict.fromkeys(STATUSES, domain_error),
+    Refused: refused,
+    HTTPException: http_error,
+    Exception: unexpected,
+}
+
+
+class BodyLimit:
+    """ASGI middleware: a body over the limit is a 413 in JSON, whether its length was declared or not."""
+
+    def __init__(self, app: ASGIApp, max_body: int) -> None:
+        self.app = app
+        self.max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if declared.isdigit() and int(declared) > self.max_body:
+            detail = f"The body is over the limit of {self.max_body} bytes"
+            await JSONResponse({"detail": detail}, 413, {"Connection": "close"})(scope, receive, send)
+            return
+        taken = 0
+
+        async def limited() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.max_body:
+                raise HTTPException(413, f"The body is over the limit of {self.max_body} bytes")
+            return message
+
+        await self.app(scope, limited, send)
+
+
+routes: list[BaseRoute] = [Route("/health", health), Route("/ready", ready)]
