@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import models
-import settings
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
+import models
+import settings
 from hookline import schema
 from hookline.errors import HooklineError
 from hookline.storage import Storage, open_database

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from peewee import Database
 
 import models
 import settings
 from hookline import schema, transfer
 from hookline.errors import HooklineError, Invalid
 from hookline.storage import open_database
-from peewee import Database
 
 SHOWN_PROBLEMS = 1000
 

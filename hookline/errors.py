@@ -1,11 +1,11 @@
 """What can go wrong in the domain, five kinds. `web` maps each to a status, `manage.py` to a message.
 
-    HooklineError
-    ├── NotFound      no such thing
-    ├── Conflict      the request contradicts what is stored
-    ├── Invalid       the input is wrong; `problems` lists every one
-    ├── TooLarge      the input is over a limit
-    └── Unavailable   the database could not do it now; nothing was stored, try again
+HooklineError
+├── NotFound      no such thing
+├── Conflict      the request contradicts what is stored
+├── Invalid       the input is wrong; `problems` lists every one
+├── TooLarge      the input is over a limit
+└── Unavailable   the database could not do it now; nothing was stored, try again
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-import models
 from peewee import Database
 from playhouse.migrations import Runner
 from playhouse.schema_diff import diff_models
 
+import models
 from hookline.errors import Conflict, HooklineError, Invalid
 from hookline.storage import connected, unavailable_when_it_fails
 

@@ -50,7 +50,7 @@ def open_database(url: str, **pragmas: Any) -> Database:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise Invalid(f"the folder of the database, {path.parent}, cannot be made: {exc.strerror}") from exc
-    db = PooledSqliteDatabase(
+    db: Database = PooledSqliteDatabase(
         str(path),
         pragmas={**PRAGMAS, **pragmas},
         timeout=BUSY_TIMEOUT,  # the pool's own: how long to wait for a free connection
@@ -59,7 +59,7 @@ def open_database(url: str, **pragmas: Any) -> Database:
         autoconnect=False,
         max_connections=64,
     )
-    db.timeout = BUSY_TIMEOUT  # SQLite's: the pool keeps the argument above to itself
+    db.timeout = BUSY_TIMEOUT  # type: ignore[attr-defined]  # SQLite's: the pool keeps the argument above to itself
     return db
 
 
@@ -222,4 +222,3 @@ def deliver(group: list[Job], answers: list[Any]) -> None:
             job.future.set_exception(answer)
         else:
             job.future.set_result(answer)
-

@@ -1,37 +1,54 @@
 """Moving registrations from the replaced service's JSON file, and back.
 
-The file is an object of webhook id → entry, or, in its older form, a list of entries with `id`, `event_types`, `active`,
-`success_count` and `failure_count`. Reading never guesses: what is not of that shape is listed as a problem.
+The file is an object of webhook id → entry, or, in its older form, a list of entries with `id`, `event_types`,
+`active`, `success_count` and `failure_count`. Reading never guesses: what is not of that shape is listed as a problem.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from models import UtcField
 from peewee import Database
 
 from hookline import clock
 from hookline.errors import Invalid
+from hookline.files import back_up, replace_file
 from hookline.storage import connected, transaction, unavailable_when_it_fails
 from hookline.webhooks import check_text, legacy_time
+from models import UtcField
 
-FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()
+FIELDS = [
+    "url",
+    "events",
+    "secret",
+    "team",
+    "created_at",
+    "total_calls",
+    "failed_calls",
+    "last_success",
+    "last_failure",
+    "enabled",
+]
 OLD_NAMES = {
     "event_types": "events",
     "active": "enabled",
     "success_count": "total_calls",
     "failure_count": "failed_calls",
 }
-DEFAULTS = {"team": None, "total_calls": 0, "failed_calls": 0, "last_success": None, "last_failure": None, "enabled": True}
+DEFAULTS = {
+    "team": None,
+    "total_calls": 0,
+    "failed_calls": 0,
+    "last_success": None,
+    "last_failure": None,
+    "enabled": True,
+}
 HTTP_URL = re.compile(r"https?://[^\s/?#\\]+[^\s]*", re.IGNORECASE)
 TIMES = ("created_at", "last_success", "last_failure")
 COUNTS = ("total_calls", "failed_calls")
@@ -68,7 +85,8 @@ def import_file(
     """Store every webhook of the file, after a backup of it, in one transaction.
 
     Raises Invalid, with every problem, if something in the file is wrong (unless `skip_invalid`, which leaves those
-    entries out; a file that is not JSON of either form is refused all the same), and Unavailable. Either changes nothing.
+    entries out; a file that is not JSON of either form is refused all the same). Raises Unavailable. Either changes
+    nothing.
     """
     content = read_bytes(path)
     rows, report = parse(content, progress or silent)
@@ -86,7 +104,7 @@ def import_file(
 
 
 def export_file(db: Database, path: Path, progress: Progress | None = None) -> int:
-    """Write every webhook in the replaced service's form, all or nothing; returns how many. Raises Invalid, Unavailable."""
+    """Write every webhook in the replaced service's form; returns how many. Raises Invalid, Unavailable."""
     with unavailable_when_it_fails(), connected(db):
         entries = {row["webhook_id"]: exported(row) for row in everything(db)}
     text = json.dumps(entries, indent=2)
@@ -166,7 +184,9 @@ def entries_of(document: Any) -> Iterator[tuple[str, Any, list[str]]]:
 def entries_of_list(document: list[Any]) -> Iterator[tuple[str, Any, list[str]]]:
     ids = [entry.get("id") if isinstance(entry, dict) else None for entry in document]
     seen = [webhook_id for webhook_id in ids if isinstance(webhook_id, str)]
-    repeated = {webhook_id for webhook_id in set(seen) if seen.count(webhook_id) > 1} if len(set(seen)) < len(seen) else ()
+    repeated = (
+        {webhook_id for webhook_id in set(seen) if seen.count(webhook_id) > 1} if len(set(seen)) < len(seen) else ()
+    )
     for index, (webhook_id, entry) in enumerate(zip(ids, document, strict=True)):
         if not isinstance(entry, dict):
             yield f"entry {index}", entry, ["not an object"]
@@ -327,62 +347,6 @@ def exported(row: Row) -> dict[str, Any]:
     for name in TIMES:
         entry[name] = legacy_time(utc.python_value(entry[name]))
     return {**entry, "events": json.loads(row["events"]), "enabled": bool(row["enabled"])}
-
-
-def back_up(path: Path, content: bytes) -> Path:
-    """A durable, byte-exact copy beside the file: `NAME.backup`, or `.backup.1` and on where an older one differs."""
-    for number in range(10_000):
-        backup = path.with_name(f"{path.name}.backup" + (f".{number}" if number else ""))
-        if not backup.exists():
-            write_new(backup, content)
-            return backup
-        if backup.read_bytes() == content:
-            return backup
-    raise Invalid(f"{path} has too many backups beside it")
-
-
-def write_new(path: Path, content: bytes) -> None:
-    """Raises Invalid if it cannot be written; never overwrites, and never leaves half a file under that name."""
-    temporary = write_temporary(path, content)
-    try:
-        os.link(temporary, path)
-    except OSError as exc:
-        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
-    finally:
-        temporary.unlink()
-    sync_folder(path.parent)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Raises Invalid if it cannot be written; readers see the old file or the new one, whole."""
-    temporary = write_temporary(path, content)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def write_temporary(path: Path, content: bytes) -> Path:
-    """The content on the disk, readable by its owner alone (it holds secrets), beside its final place."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as exc:
-        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as exc:
-        os.unlink(name)
-        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
-    return Path(name)
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def silent(what: str, done: int, total: int) -> None:

@@ -15,25 +15,49 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-import models
-from models import Subscription, UtcField, Webhook
 from peewee import Database, Tuple, fn
 
+import models
 from hookline import clock, schema
 from hookline.errors import Invalid, NotFound
 from hookline.storage import connected, open_database, transaction, unavailable_when_it_fails
+from models import Subscription, UtcField, Webhook
 
 MIN_SECRET = 16  # characters
 MAX_EVENTS = 1000  # event types of one webhook
 MASK = "***"
 
 # The hot statements, as text: building them with the ORM costs ten times what running them does.
-REGISTER_COLUMNS = ("webhook_id", "url", "events", "secret", "team", "created_at", "updated_at", "description", "headers")
-SHOWN_COLUMNS = (
-    "webhook_id url events team description headers enabled disabled_reason created_at updated_at "
-    "total_calls failed_calls last_success last_failure".split()
+REGISTER_COLUMNS = (
+    "webhook_id",
+    "url",
+    "events",
+    "secret",
+    "team",
+    "created_at",
+    "updated_at",
+    "description",
+    "headers",
 )
+SHOWN_COLUMNS = [
+    "webhook_id",
+    "url",
+    "events",
+    "team",
+    "description",
+    "headers",
+    "enabled",
+    "disabled_reason",
+    "created_at",
+    "updated_at",
+    "total_calls",
+    "failed_calls",
+    "last_success",
+    "last_failure",
+]
 TIMES = ("created_at", "updated_at", "last_success", "last_failure")
+
+Rows = list[dict[str, Any]]
 
 utc = UtcField()
 
@@ -110,7 +134,7 @@ class WebhookManager:
         enabled: bool | None = None,
         limit: int = 50,
         after: tuple[datetime, str] | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> Rows:
         """At most `limit` webhooks, oldest first, from the one behind `after` (its created_at and id).
 
         `event` finds those that would get events of this type, `*` included. Raises Unavailable.
@@ -128,7 +152,7 @@ class WebhookManager:
         with unavailable_when_it_fails(), connected(self.db):
             return [shown(row) for row in query.tuples().bind(self.db).execute()]
 
-    def get_all(self) -> list[dict[str, Any]]:
+    def get_all(self) -> Rows:
         """Every webhook in the replaced manager's form: `id`, naive ISO times, the secret as `***`."""
         return [legacy(webhook) for webhook in self._everything()]
 
@@ -316,4 +340,4 @@ def legacy(webhook: Mapping[str, Any]) -> dict[str, Any]:
 
 def legacy_time(moment: datetime | None) -> str | None:
     """As `datetime.utcnow().isoformat()` wrote it: no zone, no fraction when it is zero."""
-    return moment and moment.replace(tzinfo=None).isoformat()
+    return moment.replace(tzinfo=None).isoformat() if moment else None

@@ -20,9 +20,19 @@ from peewee import (
     chunked,
 )
 
-LEGACY_COLUMNS = (
-    "webhook_id url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()
-)
+LEGACY_COLUMNS = [
+    "webhook_id",
+    "url",
+    "events",
+    "secret",
+    "team",
+    "created_at",
+    "total_calls",
+    "failed_calls",
+    "last_success",
+    "last_failure",
+    "enabled",
+]
 LEGACY_TABLE = """
 CREATE TABLE webhooks (
     webhook_id VARCHAR NOT NULL, url VARCHAR NOT NULL, events VARCHAR NOT NULL, secret VARCHAR NOT NULL,

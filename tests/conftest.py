@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import models
 import pytest
+from peewee import Database
+
+import models
 from hookline import WebhookManager, schema
 from hookline.storage import open_database
-from peewee import Database
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -39,7 +40,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
     models.db.initialize(database)
     schema.up(database)
     yield database
-    database.close_all()
+    database.close_all()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

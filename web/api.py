@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, cast
 
 from starlette.endpoints import HTTPEndpoint
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -23,8 +24,12 @@ def manager_of(request: Request) -> WebhookManager:
     return cast(WebhookManager, request.app.state.manager)
 
 
-async def parsed(request: Request, model: type[schemas.M]) -> schemas.M:
-    return schemas.body_of(model, request.headers.get("content-type"), await request.body())
+async def parsed(request: Request, model: type[schemas.M], *, empty: bytes = b"") -> schemas.M:
+    content_type = request.headers.get("content-type")
+    body = await request.body()
+    if body and not schemas.is_json(content_type):
+        raise HTTPException(415, "Send JSON, with the header  Content-Type: application/json")
+    return schemas.body_of(model, content_type, body or empty)
 
 
 # The three endpoints of the replaced service. Classes, because `/register` and `/list` must answer 405 to other
@@ -33,7 +38,8 @@ async def parsed(request: Request, model: type[schemas.M]) -> schemas.M:
 
 class Register(HTTPEndpoint):
     async def post(self, request: Request) -> Response:
-        new = await parsed(request, schemas.Registration)
+        # Another content type is a 422 here, as it was, and a 415 on the new routes.
+        new = schemas.body_of(schemas.Registration, request.headers.get("content-type"), await request.body())
         url = str(new.url)
         webhook_id = await storage_of(request).write(
             manager_of(request).register, url, new.events, new.secret, new.team
@@ -95,8 +101,7 @@ async def update(request: Request) -> Response:
 
 
 async def rotate_secret(request: Request) -> Response:
-    body = await request.body() or b"{}"
-    wanted = schemas.body_of(schemas.Rotation, request.headers.get("content-type"), body)
+    wanted = await parsed(request, schemas.Rotation, empty=b"{}")
     secret = wanted.secret or generate_secret()
     webhook_id = request.path_params["webhook_id"]
     expires = await storage_of(request).write(manager_of(request).rotate, webhook_id, secret, wanted.overlap_seconds)

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError, PydanticUseDefault
 from starlette.datastructures import QueryParams
 
@@ -18,6 +27,8 @@ from hookline.webhooks import MASK, MAX_EVENTS, MIN_SECRET, secret_problem
 SECRET_NAMES = ("secret", "headers")  # what a 422 must not echo
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
 OWN_HEADERS = re.compile(r"(?i)webhook-.*|x-webhook-.*|content-length|content-type|host|transfer-encoding|connection")
+
+NOT_GIVEN: Any = None  # a default that is never validated nor used: see `given`
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -29,8 +40,8 @@ class Refused(Exception):
         self.detail = detail
 
 
-def no_nul(text: str) -> str:
-    if "\0" in text:
+def no_nul(text: Any) -> Any:
+    if isinstance(text, str) and "\0" in text:
         raise PydanticCustomError("nul_character", "String should not contain NUL characters")
     return text
 
@@ -48,11 +59,13 @@ def usable_secret(secret: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(no_nul)]
-Url = Annotated[HttpUrl, AfterValidator(no_credentials)]
-Secret = Annotated[Text, Field(min_length=MIN_SECRET, max_length=1024), AfterValidator(usable_secret)]
+Url = Annotated[HttpUrl, BeforeValidator(no_nul), AfterValidator(no_credentials)]
+Secret = Annotated[
+    str, Field(min_length=MIN_SECRET, max_length=1024), AfterValidator(no_nul), AfterValidator(usable_secret)
+]
 Events = Annotated[list[Text], Field(max_length=MAX_EVENTS)]
-Description = Annotated[Text, Field(max_length=1000)]
-Headers = Annotated[dict[str, Annotated[Text, Field(max_length=4096)]], Field(max_length=20)]
+Description = Annotated[str, Field(max_length=1000), AfterValidator(no_nul)]
+Headers = Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=20)]
 
 
 class Registration(BaseModel):
@@ -75,7 +88,7 @@ class WebhookFields(BaseModel):
     def allowed_headers(cls, headers: dict[str, str] | None) -> dict[str, str] | None:
         for name, value in (headers or {}).items():
             if not HEADER_NAME.fullmatch(name) or OWN_HEADERS.fullmatch(name):
-                raise PydanticCustomError("header_name", "Header names should be tokens, and not ones that Hookline sets")
+                raise PydanticCustomError("header_name", "Header should be a token, and not one that Hookline sets")
             if not value.isprintable() or not value.isascii():
                 raise PydanticCustomError("header_value", "Header values should be printable ASCII")
         return headers
@@ -95,19 +108,19 @@ class NewWebhook(WebhookFields):
 class WebhookChanges(WebhookFields):
     """`PATCH /api/v1/webhooks/{id}`: only what is given changes; null clears what may be null."""
 
-    url: Url = Field(default=None)  # type: ignore[assignment]
-    events: Events = Field(default=None)  # type: ignore[assignment]
+    url: Url = NOT_GIVEN
+    events: Events = NOT_GIVEN
     team: Text | None = None
     description: Description | None = None
     headers: Headers | None = None
-    enabled: bool = Field(default=None)  # type: ignore[assignment]
+    enabled: bool = NOT_GIVEN
 
     def given(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_unset=True)
 
 
 class Rotation(WebhookFields):
-    """`POST /api/v1/webhooks/{id}/rotate-secret`: the old secret keeps signing for `overlap_seconds`, a day unless given."""
+    """`POST /api/v1/webhooks/{id}/rotate-secret`: the old secret keeps signing for `overlap_seconds`."""
 
     secret: Secret | None = None
     overlap_seconds: int = Field(24 * 3600, ge=0, le=30 * 24 * 3600)
@@ -124,13 +137,6 @@ class Listing(BaseModel):
     limit: int = Field(50, ge=1, le=200)
     cursor: tuple[datetime, str] | None = None
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def empty_is_not_given(cls, value: Any) -> Any:
-        if value == "":
-            raise PydanticUseDefault()
-        return value
-
     @field_validator("cursor", mode="before")
     @classmethod
     def opened(cls, value: str) -> tuple[datetime, str]:
@@ -140,18 +146,29 @@ class Listing(BaseModel):
         except (ValueError, TypeError):
             raise PydanticCustomError("cursor", "Cursor should be a next_cursor of this listing") from None
 
+    @field_validator("*", mode="before")  # the last one defined is the first one run
+    @classmethod
+    def empty_is_not_given(cls, value: Any) -> Any:
+        if value == "":
+            raise PydanticUseDefault()
+        return value
+
 
 def body_of(model: type[M], content_type: str | None, body: bytes) -> M:
     """A request's body as `model`. Raises Refused, in the words of the replaced service."""
     if not body:
         raise Refused([{"type": "missing", "loc": ["body"], "msg": "Field required", "input": None}])
-    media_type = (content_type or "application/json").partition(";")[0].strip().lower()
-    is_json = media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
-    value = decoded(body) if is_json else MASK
+    value = decoded(body) if is_json(content_type) else MASK
     if not isinstance(value, dict):
         msg = "Input should be a valid dictionary or object to extract fields from"
         raise Refused([{"type": "model_attributes_type", "loc": ["body"], "msg": msg, "input": without_secrets(value)}])
     return checked(model, value, "body")
+
+
+def is_json(content_type: str | None) -> bool:
+    """JSON by its declared type, or nothing declared."""
+    media_type = (content_type or "application/json").partition(";")[0].strip().lower()
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
 
 
 def query_of(model: type[M], query: QueryParams) -> M:
@@ -194,7 +211,9 @@ def shown_error(error: dict[str, Any], place: str) -> dict[str, Any]:
         "input": MASK if secret else without_secrets(error["input"]),
     }
     if "ctx" in error:
-        shown["ctx"] = {name: value if isinstance(value, int | float) else str(value) for name, value in error["ctx"].items()}
+        shown["ctx"] = {
+            name: value if isinstance(value, int | float) else str(value) for name, value in error["ctx"].items()
+        }
     return shown
 
 
@@ -229,4 +248,4 @@ def webhook_out(webhook: dict[str, Any]) -> dict[str, Any]:
 
 
 def rfc3339(moment: datetime | None) -> str | None:
-    return moment and moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z") if moment else None

@@ -1,0 +1,65 @@
+"""Files that survive a crash: each is whole under its final name, or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from hookline.errors import Invalid
+
+
+def back_up(path: Path, content: bytes) -> Path:
+    """A durable, byte-exact copy beside the file: `NAME.backup`, or `.backup.1` and on where an older one differs."""
+    for number in range(10_000):
+        backup = path.with_name(f"{path.name}.backup" + (f".{number}" if number else ""))
+        if not backup.exists():
+            write_new(backup, content)
+            return backup
+        if backup.read_bytes() == content:
+            return backup
+    raise Invalid(f"{path} has too many backups beside it")
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Raises Invalid if it cannot be written; never overwrites, and never leaves half a file under that name."""
+    temporary = write_temporary(path, content)
+    try:
+        os.link(temporary, path)
+    except OSError as exc:
+        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
+    finally:
+        temporary.unlink()
+    sync_folder(path.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Raises Invalid if it cannot be written; readers see the old file or the new one, whole."""
+    temporary = write_temporary(path, content)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_temporary(path: Path, content: bytes) -> Path:
+    """The content on the disk, readable by its owner alone (it holds secrets), beside its final place."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as exc:
+        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as exc:
+        os.unlink(name)
+        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
+    return Path(name)
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,66 @@
+"""The documents keep up: settings, commands and routes are described, and the README's commands work."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+
+import click
+from starlette.routing import Route
+
+import manage
+import settings
+from tests.conftest import ROOT, Server
+from web import api, operations
+
+OPERATING = (ROOT / "docs" / "operating.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
+README = (ROOT / "README.md").read_text()
+NAMES = [field.name.upper() for field in dataclasses.fields(settings.Settings)]
+
+
+def test_every_setting_is_documented_and_in_the_example() -> None:
+    example = (ROOT / ".env.example").read_text()
+    assert re.findall(r"^#([A-Z_]+)=", example, re.MULTILINE) == NAMES
+    assert re.findall(r"^\| `([A-Z_]+)` \|", OPERATING, re.MULTILINE) == NAMES
+    assert settings.load({line[1:].split("=")[0]: line.split("=")[1] for line in example.splitlines() if "=" in line})
+
+
+def commands(group: click.Group, prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name, command in group.commands.items():
+        found += commands(command, f"{prefix}{name} ") if isinstance(command, click.Group) else [prefix + name]
+    return found
+
+
+def test_every_command_is_documented_and_has_help() -> None:
+    for name in commands(manage.main):
+        assert re.search(rf"^\| `{name}[ `]", OPERATING, re.MULTILINE), name
+    for group in (manage.main, manage.migrate):
+        assert all(command.help for command in group.commands.values())
+
+
+def test_every_route_is_documented() -> None:
+    for route in [*api.routes, *operations.routes]:
+        assert isinstance(route, Route)
+        assert f"{route.path}`" in API, route.path
+
+
+def test_every_dependency_is_justified() -> None:
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            assert re.match(r"[\w-]+", line)[0] in README  # type: ignore[index]
+
+
+def test_the_commands_of_the_first_screen_work(server: Server) -> None:
+    curls = re.findall(r"^    curl (.*)$", README, re.MULTILINE)
+    assert len(curls) == 2
+    first, second = (shlex.split(curl) for curl in curls)
+    path = first[0].removeprefix("http://127.0.0.1:8005")
+    answer = server.client.post(
+        path, content=first[first.index("-d") + 1], headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 201
+    listed = server.client.get(second[0].removeprefix("http://127.0.0.1:8005")).json()["data"]
+    assert [webhook["webhook_id"] for webhook in listed] == [answer.json()["webhook_id"]]

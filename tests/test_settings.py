@@ -1,0 +1,56 @@
+"""Settings: what is read, and the one line that a wrong value gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import settings
+from tests.conftest import manage
+
+
+def test_defaults_are_those_of_a_small_box() -> None:
+    assert settings.load({}) == settings.Settings()
+
+
+def test_every_setting_is_read() -> None:
+    given = {
+        "DATABASE_URL": "sqlite:////var/lib/hookline/webhooks.db",
+        "HOST": "0.0.0.0",
+        "PORT": "80",
+        "API_KEYS": "one, two,",
+        "ALLOW_ANONYMOUS": "True",
+        "MAX_BODY": "2 MiB",
+        "LOG_LEVEL": "DEBUG",
+    }
+    expected = settings.Settings(given["DATABASE_URL"], "0.0.0.0", 80, ("one", "two"), True, 2 * 1024**2, "debug")
+    assert settings.load(given) == expected
+    assert "one" not in repr(settings.load(given))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "webhooks.db"),
+        ("DATABASE_URL", "mysql://localhost/x"),
+        ("PORT", "http"),
+        ("PORT", "65536"),
+        ("PORT", "-1"),
+        ("ALLOW_ANONYMOUS", "perhaps"),
+        ("MAX_BODY", "1MB"),
+        ("MAX_BODY", "0"),
+        ("LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_the_setting(name: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(settings.BadSetting, match=name) as caught:
+        settings.load({name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_value_stops_a_command_without_a_traceback(tmp_path: Path) -> None:
+    done = manage(tmp_path / "webhooks.db", "migrate", "status", PORT="http")
+    assert done.returncode == 1
+    assert "PORT" in done.stderr
+    assert "Traceback" not in done.stderr
