@@ -1,0 +1,26 @@
+"""What a benchmark reports: a figure, what it is held against, and whether it reaches its target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Figure:
+    claim: str
+    measured: str
+    against: str
+    ratio: float
+    target: str  # such as ">= 0.40", of the ratio
+
+    @property
+    def met(self) -> bool:
+        sign, _, limit = self.target.partition(" ")
+        return self.ratio >= float(limit) if sign == ">=" else self.ratio <= float(limit)
+
+    def line(self) -> str:
+        met = "yes" if self.met else "**no**"
+        return f"| {self.claim} | {self.measured} | {self.against} | {self.ratio:.2f} | {self.target} | {met} |"
+
+
+HEADER = "| claim | measured | against | ratio | target | met |\n|---|---|---|---|---|---|"
