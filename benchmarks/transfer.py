@@ -52,7 +52,7 @@ def entries() -> dict[str, object]:
             "events": ["game_started", "score_changed", "game_ended"][: number % 3 + 1],
             "secret": f"your-secure-secret-{number}",
             "team": f"team{number % 32}" if number % 4 else None,
-            "created_at": f"2026-01-{number % 28 + 1:02}T14:30:01.{number % 10**6:06}",
+            "created_at": f"2026-01-{number // 3600 + 1:02}T14:{number // 60 % 60:02}:{number % 60:02}.000001",
             "total_calls": number,
             "failed_calls": 0,
             "last_success": None,

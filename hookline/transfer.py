@@ -35,6 +35,7 @@ FIELDS = [
     "last_failure",
     "enabled",
 ]
+FIELD_SET = frozenset(FIELDS)
 OLD_NAMES = {
     "event_types": "events",
     "active": "enabled",
@@ -220,30 +221,31 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
         return {}
     if isinstance(entry, Duplicated):
         problems += [f"{name}: comes more than once" for name in sorted(entry.keys_twice)]
-    problems += [f"{name}: unknown field, it would be lost" for name in entry if name not in FIELDS]
-    url, events, secret, team = (entry.get(name) for name in ("url", "events", "secret", "team"))
+    if not entry.keys() <= FIELD_SET:
+        problems += [f"{name}: unknown field, it would be lost" for name in entry if name not in FIELD_SET]
+    row: Row = {}
+    url, events, secret, team = entry.get("url"), entry.get("events"), entry.get("secret"), entry.get("team")
     if not isinstance(url, str) or not HTTP_URL.fullmatch(url):
         problems.append("url: " + ("not an http or https URL" if "url" in entry else "missing"))
-    if not isinstance(events, list) or not all(isinstance(event, str) for event in events):
+    if not isinstance(events, list) or not all([isinstance(event, str) for event in events]):
         problems.append("events: " + ("not a list of strings" if "events" in entry else "missing"))
-        events = []
     if not isinstance(secret, str) or not secret:
         problems.append("secret: " + ("not a string, or empty" if "secret" in entry else "missing"))
     if team is not None and not isinstance(team, str):
         problems.append("team: neither a string nor null")
-    for name, text in (("url", url), ("secret", secret), ("team", team), *(("events", event) for event in events)):
-        problems += text_problems(name, text) if isinstance(text, str) else []
-    row: Row = {"url": url, "events": json.dumps(events), "secret": secret, "team": team}
-    row |= {name: time_of(entry[name], name, problems) for name in TIMES if name in entry}
-    row |= {name: count_of(entry[name], name, problems) for name in COUNTS if name in entry}
-    if "enabled" in entry:
-        row["enabled"] = boolean_of(entry["enabled"], "enabled", problems)
-    return {name: value for name, value in row.items() if name in entry and (value is not None or name != "created_at")}
+    if problems:
+        return row
+    for name, text in (("url", url), ("secret", secret), ("team", team or ""), ("events", "".join(events))):
+        if not text.isascii() or "\0" in text:
+            problems += text_problems(name, text)
+    for name, value in entry.items():
+        row[name] = CHECKS[name](value, name, problems) if name in CHECKS else value
+    if row.get("created_at", "") is None:
+        del row["created_at"]
+    return row
 
 
 def text_problems(name: str, text: str) -> list[str]:
-    if text.isascii() and "\0" not in text:
-        return []
     try:
         check_text(name, text)
     except Invalid as exc:
@@ -256,6 +258,8 @@ def time_of(value: Any, name: str, problems: list[str]) -> str | None:
         return None
     try:
         moment = datetime.fromisoformat(value)
+        if len(value) == 26 and value[10] == "T" and moment.tzinfo is None:  # as the replaced service wrote it
+            return str(value) + "Z"
         return utc.db_value(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)
     except (TypeError, ValueError, OverflowError):
         problems.append(f"{name}: not an ISO 8601 time")
@@ -273,6 +277,14 @@ def boolean_of(value: Any, name: str, problems: list[str]) -> bool:
     if not isinstance(value, bool):
         problems.append(f"{name}: neither true nor false")
     return bool(value)
+
+
+CHECKS: dict[str, Callable[[Any, str, list[str]], Any]] = {
+    **dict.fromkeys(TIMES, time_of),
+    **dict.fromkeys(COUNTS, count_of),
+    "enabled": boolean_of,
+    "events": lambda events, name, problems: json.dumps(events),
+}
 
 
 def compare(rows: Iterable[Row], stored_rows: Mapping[str, Row], report: Report) -> tuple[list[Row], list[Row]]:
@@ -333,8 +345,9 @@ def values_of(row: Row) -> tuple[Any, ...]:
 
 def subscriptions_of(rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
     for row in rows:
-        for event in dict.fromkeys(json.loads(row["events"])):
-            yield event, row["team"] or "", row["webhook_id"]
+        team, webhook_id = row["team"] or "", row["webhook_id"]
+        for event in set(json.loads(row["events"])):
+            yield event, team, webhook_id
 
 
 def batches(rows: list[Row]) -> Iterator[list[Row]]:

@@ -1,0 +1,158 @@
+"""Storage on a real file: group commit, full disks, clients that go away, and the plans of the queries."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peewee import Database
+
+import models
+from hookline import WebhookManager, schema
+from hookline.errors import Unavailable
+from hookline.storage import Storage, open_database
+from tests.conftest import SECRET
+
+
+@pytest.fixture
+async def storage(db: Database) -> AsyncIterator[Storage]:
+    started = Storage(db)
+    await started.start()
+    yield started
+    await started.stop()
+
+
+def count(db: Database) -> int:
+    return int(db.execute_sql("SELECT count(*) FROM webhooks").fetchone()[0])
+
+
+async def in_one_group(storage: Storage, *writes: Any) -> list[Any]:
+    """Hold the writer back until all are waiting: they then share one commit."""
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        assert release.wait(20)
+
+    first = asyncio.ensure_future(storage.write(hold))
+    await asyncio.to_thread(held.wait, 20)
+    group = [asyncio.ensure_future(storage.write(*write)) for write in writes]
+    await asyncio.sleep(0)  # each runs up to its place in the queue
+    release.set()
+    await first
+    return await asyncio.gather(*group, return_exceptions=True)
+
+
+async def test_a_failing_write_rolls_back_alone_while_its_neighbours_commit(db: Database, storage: Storage) -> None:
+    manager = WebhookManager(db=db)
+    statements: list[str] = []
+
+    def registers_and_fails() -> None:
+        manager.register("http://example.com/lost", ["a"], SECRET)
+        raise ValueError("after the insert")
+
+    def trace() -> None:
+        db.connection().set_trace_callback(statements.append)
+
+    writes = [(manager.register, f"http://example.com/{n}", ["a"], SECRET) for n in range(20)]
+    answers = await in_one_group(storage, (trace,), *writes[:10], (registers_and_fails,), *writes[10:])
+    await storage.write(lambda: db.connection().set_trace_callback(None))
+
+    failed = [answer for answer in answers if isinstance(answer, Exception)]
+    assert [str(exc) for exc in failed] == ["after the insert"]
+    assert statements.count("COMMIT") == 1
+    assert await storage.read(count, db) == 20
+    urls = {webhook["url"] for webhook in await storage.scan(manager.get_all)}
+    assert urls == {f"http://example.com/{n}" for n in range(20)}
+
+
+async def test_a_full_disk_fails_the_whole_group_and_stores_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/small.db"
+    roomy = open_database(url)
+    models.db.initialize(roomy)
+    schema.up(roomy)
+    with roomy.connection_context():
+        pages = roomy.execute_sql("PRAGMA page_count").fetchone()[0]
+    roomy.close_all()  # type: ignore[attr-defined]
+
+    db = open_database(url, max_page_count=pages + 2)
+    storage, manager = Storage(db), WebhookManager(db=db)
+    await storage.start()
+    writes = [(manager.register, "http://example.com/" + "x" * 900, ["a"], SECRET) for _ in range(100)]
+    answers = await in_one_group(storage, *writes)
+    assert all(isinstance(answer, Unavailable) for answer in answers)
+    assert "disk is full" in str(answers[0])
+    assert await storage.read(count, db) == 0
+
+    webhook_id = await storage.write(manager.register, "http://example.com/small", ["a"], SECRET)
+    assert (await storage.read(manager.get, webhook_id))["url"] == "http://example.com/small"
+    await storage.stop()
+
+
+async def test_a_client_that_goes_away_does_not_stop_the_writer(db: Database, storage: Storage) -> None:
+    manager = WebhookManager(db=db)
+    write = asyncio.ensure_future(storage.write(manager.register, "http://example.com/gone", ["a"], SECRET))
+    await asyncio.sleep(0)
+    write.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await write
+    assert await storage.write(manager.register, "http://example.com/next", ["a"], SECRET)
+
+
+async def test_stopping_finishes_what_was_accepted(db: Database) -> None:
+    storage, manager = Storage(db), WebhookManager(db=db)
+    await storage.start()
+    writes = [
+        asyncio.ensure_future(storage.write(manager.register, "http://example.com/", ["a"], SECRET)) for _ in range(50)
+    ]
+    await asyncio.sleep(0)
+    await storage.stop()
+    assert len(set(await asyncio.gather(*writes))) == 50
+    with pytest.raises(Unavailable):
+        await storage.write(manager.register, "http://example.com/", ["a"], SECRET)
+    with db.connection_context():
+        assert count(db) == 50
+
+
+async def test_no_connection_is_held_between_calls(db: Database, storage: Storage) -> None:
+    for call in (storage.read, storage.scan, storage.write):
+        await call(count, db)  # type: ignore[operator]
+    await storage.write(count, db)
+    assert db.is_closed()
+    assert not db._in_use  # type: ignore[attr-defined]
+
+
+async def test_every_pooled_connection_is_durable_and_checked(db: Database, storage: Storage) -> None:
+    def pragmas() -> dict[str, Any]:
+        names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        return {name: db.execute_sql(f"PRAGMA {name}").fetchone()[0] for name in names}
+
+    expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
+    for found in (await storage.read(pragmas), await storage.scan(pragmas), await storage.write(pragmas)):
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("query", "plan"),
+    [
+        ("SELECT * FROM webhooks WHERE team = 'ne' ORDER BY created_at, webhook_id LIMIT 50", "idx_webhooks_team"),
+        (
+            "SELECT * FROM webhooks WHERE (created_at, webhook_id) > ('2026', 'x') "
+            "ORDER BY created_at, webhook_id LIMIT 50",
+            "idx_webhooks_created",
+        ),
+        ("SELECT * FROM webhooks WHERE webhook_id = 'x'", "sqlite_autoindex_webhooks_1"),
+        ("SELECT webhook_id FROM subscriptions WHERE event_type IN ('a', '*') AND team IN ('', 'ne')", "PRIMARY KEY"),
+        ("DELETE FROM subscriptions WHERE webhook_id = 'x'", "idx_subscriptions_webhook"),
+    ],
+)
+def test_the_hot_queries_seek_and_never_sort(db: Database, query: str, plan: str) -> None:
+    with db.connection_context():
+        steps = [row[3] for row in db.execute_sql(f"EXPLAIN QUERY PLAN {query}").fetchall()]
+    assert any(plan in step for step in steps)
+    assert not any("TEMP B-TREE" in step for step in steps)
+    assert not any(step.startswith("SCAN") for step in steps if plan not in step)
