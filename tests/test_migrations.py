@@ -1,0 +1,187 @@
+"""Migrations by hand: up, down and up again, adopting the replaced service's file, and failing without a trace."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peewee import Database
+
+from hookline import schema
+from hookline.errors import Invalid
+from hookline.storage import open_database
+from tests.conftest import DATA, ROOT, environment, manage
+
+LEGACY = (
+    "webhook_id, url, events, secret, team, created_at, total_calls, failed_calls, last_success, last_failure, enabled"
+)
+REBUILD = """
+from peewee import IntegerField
+
+def up(migrator, db):
+    migrator.migrate(migrator.add_column("webhooks", "weight", IntegerField(default=7)))
+
+def down(migrator, db):
+    migrator.migrate(migrator.drop_column("webhooks", "weight"))
+"""
+
+
+@pytest.fixture
+def adopted(tmp_path: Path) -> Path:
+    """A copy of the replaced service's SQLite file."""
+    return Path(shutil.copy(DATA / "webhooks.db", tmp_path / "webhooks.db"))
+
+
+def rows(path: Path, sql: str) -> list[Any]:
+    db = sqlite3.connect(path)
+    try:
+        return db.execute(sql).fetchall()
+    finally:
+        db.close()
+
+
+def dump(path: Path) -> list[str]:
+    db = sqlite3.connect(path)
+    try:
+        return list(db.iterdump())
+    finally:
+        db.close()
+
+
+def scripts(folder: Path, **more: str) -> Path:
+    """Our migrations, and more of the test's own."""
+    directory = Path(shutil.copytree(ROOT / "migrations", folder / "migrations"))
+    for name, text in more.items():
+        (directory / f"{name.removeprefix('m')}.py").write_text(text)
+    return directory
+
+
+def test_the_commands_tell_what_they_did(tmp_path: Path) -> None:
+    database = tmp_path / "webhooks.db"
+    assert "0001_webhooks  pending" in manage(database, "migrate", "status").stdout
+    assert manage(database, "migrate", "diff").returncode == 1
+    assert manage(database, "migrate", "up").stdout == "applied 0001_webhooks\n"
+    assert manage(database, "migrate", "up").stdout == "nothing to apply\n"
+    assert "0001_webhooks  applied 2" in manage(database, "migrate", "status").stdout
+    agreed = manage(database, "migrate", "diff")
+    assert (agreed.returncode, agreed.stdout) == (0, "the database matches the models\n")
+    assert manage(database, "migrate", "down").stdout == "reverted 0001_webhooks\n"
+    assert manage(database, "migrate", "down").stdout == "nothing to revert\n"
+    wrong = manage(database, "migrate", "up", "0009_nothing")
+    assert wrong.returncode == 1
+    assert "0009_nothing" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_create_writes_the_next_number(db: Database, tmp_path: Path) -> None:
+    assert schema.create(db, "add colour", scripts(tmp_path)).name == "0002_add_colour.py"
+
+
+def test_the_replaced_services_file_is_adopted_with_all_its_rows(adopted: Path) -> None:
+    before = rows(adopted, f"SELECT {LEGACY} FROM webhooks ORDER BY webhook_id")
+    assert manage(adopted, "migrate", "up").returncode == 0
+    assert manage(adopted, "migrate", "diff").returncode == 0
+    after = rows(adopted, f"SELECT {LEGACY} FROM webhooks ORDER BY webhook_id")
+    assert len(after) == 26
+    for old, new in zip(before, after, strict=True):
+        assert new[:5] == old[:5]
+        assert new[5] == old[5].replace(" ", "T") + "Z"
+        assert new[6:8] == old[6:8]
+        assert new[8:10] == tuple(time and time + "Z" for time in old[8:10])
+        assert new[10] == old[10]
+    indexes = {name for (name,) in rows(adopted, "SELECT name FROM sqlite_master WHERE type = 'index'")}
+    assert "idx_webhooks_team" in indexes
+    assert "ix_webhooks_team" not in indexes
+    assert rows(adopted, "SELECT count(*) FROM subscriptions") == rows(
+        adopted, "SELECT count(*) FROM webhooks, json_each(events)"
+    )
+
+
+def test_up_down_up_keeps_the_rows_and_down_gives_the_old_table_back(adopted: Path) -> None:
+    select = f"SELECT {LEGACY} FROM webhooks ORDER BY webhook_id"
+    columns = "SELECT name FROM pragma_table_info('webhooks') ORDER BY name"
+    before, shape = rows(adopted, select), rows(adopted, columns)
+    manage(adopted, "migrate", "up")
+    first = rows(adopted, "SELECT * FROM webhooks ORDER BY webhook_id")
+    manage(adopted, "migrate", "down")
+    assert rows(adopted, select) == before
+    assert rows(adopted, columns) == shape
+    assert rows(adopted, "SELECT name FROM sqlite_master WHERE name = 'ix_webhooks_team'")
+    manage(adopted, "migrate", "up")
+    assert rows(adopted, "SELECT * FROM webhooks ORDER BY webhook_id") == first
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ("UPDATE webhooks SET events = 'nope' WHERE team = 'ne'", "events"),
+        ("UPDATE webhooks SET last_success = 'yesterday' WHERE team = 'sf'", "last_success"),
+        ("ALTER TABLE webhooks ADD COLUMN colour", "colour"),
+    ],
+)
+def test_a_file_that_cannot_be_adopted_is_left_as_it_was(adopted: Path, damage: str, named: str) -> None:
+    db = sqlite3.connect(adopted)
+    with db:
+        db.execute(damage)
+    db.close()
+    before = dump(adopted)
+    failed = manage(adopted, "migrate", "up")
+    assert failed.returncode == 1
+    assert named in failed.stderr
+    assert "your-secure-secret" not in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert dump(adopted) == before
+
+
+def test_a_migration_that_fails_half_way_leaves_the_database_as_it_was(db: Database, tmp_path: Path) -> None:
+    half = "def up(migrator, db):\n    db.execute_sql('CREATE TABLE half (x)')\n"
+    half += "    db.execute_sql('DELETE FROM subscriptions')\n    raise RuntimeError('half way')\n"
+    before = dump(Path(db.database))
+    with pytest.raises(Invalid, match="half way"):
+        schema.up(db, directory=scripts(tmp_path, m0002_half=half))
+    assert dump(Path(db.database)) == before
+
+
+def test_a_rebuild_of_the_table_keeps_what_hangs_on_it(adopted: Path, tmp_path: Path) -> None:
+    directory = scripts(tmp_path, m0002_weight=REBUILD)
+    db = open_database(f"sqlite:///{adopted}")
+    assert schema.up(db, directory=directory) == ["0001_webhooks", "0002_weight"]
+    assert rows(adopted, "SELECT count(*), sum(weight) FROM webhooks") == [(26, 182)]
+    filled = rows(adopted, "SELECT count(*) FROM subscriptions")
+    assert filled > [(26,)]
+    assert schema.down(db, directory=directory) == ["0002_weight"]
+    assert rows(adopted, "SELECT count(*) FROM subscriptions") == filled
+    assert schema.diff(db) == ""
+    db.close_all()  # type: ignore[attr-defined]
+
+
+def test_rows_that_point_nowhere_are_reported(db: Database, tmp_path: Path) -> None:
+    orphan = "def up(migrator, db):\n    db.execute_sql(\"INSERT INTO subscriptions VALUES ('a', '', 'gone')\")\n"
+    with pytest.raises(Invalid, match="subscriptions"):
+        schema.up(db, directory=scripts(tmp_path, m0002_orphan=orphan))
+
+
+def test_two_migrations_at_once_both_succeed(adopted: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: manage(adopted, "migrate", "up"), range(4)))
+    assert [one.returncode for one in done] == [0] * 4
+    assert sorted(one.stdout for one in done) == ["applied 0001_webhooks\n", *["nothing to apply\n"] * 3]
+
+
+def test_the_application_refuses_to_start_while_migrations_are_pending(adopted: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "app.py")],
+        env=environment(DATABASE_URL=f"sqlite:///{adopted}"),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert "python manage.py migrate up" in done.stderr
+    assert "Traceback" not in done.stderr
