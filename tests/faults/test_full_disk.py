@@ -1,0 +1,38 @@
+"""A small file system that fills up under the real server, and is given room again."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import running
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_503_that_stores_nothing_and_passes_when_there_is_room(small_disk: Path) -> None:
+    with running(small_disk / "webhooks.db") as server:
+        kept = server.register().json()["webhook_id"]
+        filler = small_disk / "filler"
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(b"x" * 4096)
+        refused = [server.register(url="http://example.com/" + "x" * 1500) for _ in range(5)]
+        assert {answer.status_code for answer in refused} == {503}
+        assert all("nothing was stored" in answer.json()["detail"] for answer in refused)
+        assert server.client.get(f"/api/v1/webhooks/{kept}").status_code == 200
+        filler.unlink()
+        assert server.register().status_code == 201
+        assert len(server.client.get("/api/v1/webhooks/list").json()["webhooks"]) == 2
