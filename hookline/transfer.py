@@ -224,7 +224,8 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
     if not entry.keys() <= FIELD_SET:
         problems += [f"{name}: unknown field, it would be lost" for name in entry if name not in FIELD_SET]
     row: Row = {}
-    url, events, secret, team = entry.get("url"), entry.get("events"), entry.get("secret"), entry.get("team")
+    values: list[Any] = [entry.get(name) for name in ("url", "events", "secret", "team")]
+    url, events, secret, team = values
     if not isinstance(url, str) or not HTTP_URL.fullmatch(url):
         problems.append("url: " + ("not an http or https URL" if "url" in entry else "missing"))
     if not isinstance(events, list) or not all([isinstance(event, str) for event in events]):

@@ -120,7 +120,7 @@ async def test_stopping_finishes_what_was_accepted(db: Database) -> None:
 
 async def test_no_connection_is_held_between_calls(db: Database, storage: Storage) -> None:
     for call in (storage.read, storage.scan, storage.write):
-        await call(count, db)  # type: ignore[operator]
+        await call(count, db)
     await storage.write(count, db)
     assert db.is_closed()
     assert not db._in_use  # type: ignore[attr-defined]

@@ -112,7 +112,7 @@ def test_an_update_changes_what_is_given(db: Database, manager: WebhookManager) 
     assert (shown["events"], shown["team"], shown["url"]) == (["b", "*"], None, URL)
     assert subscriptions(db) == {("b", "", webhook_id), ("*", "", webhook_id)}
     with db.connection_context():
-        assert json.loads(Webhook.get_by_id(webhook_id).headers) == {"X-Mine": "1"}
+        assert json.loads(str(Webhook.get_by_id(webhook_id).headers)) == {"X-Mine": "1"}
     with pytest.raises(NotFound):
         manager.update("another", {"enabled": False})
 
