@@ -63,6 +63,9 @@ def open_database(url: str, **pragmas: Any) -> Database:
     return db
 
 
+_thread = threading.local()  # `in_unit`: is this the writer, running a job?
+
+
 @contextmanager
 def connected(db: Database) -> Iterator[None]:
     """This thread's connection, opened for the block unless the caller already holds one."""
@@ -79,7 +82,13 @@ def connected(db: Database) -> Iterator[None]:
 
 @contextmanager
 def transaction(db: Database) -> Iterator[None]:
-    """One unit of work: committed at the end of the block, or, inside a caller's transaction, a savepoint of it."""
+    """One unit of work: committed at the end of the block, or, inside a caller's transaction, a savepoint of it.
+
+    Inside `Storage.write` the unit is open already.
+    """
+    if getattr(_thread, "in_unit", False):
+        yield
+        return
     with connected(db), db.atomic():
         yield
 
@@ -156,10 +165,11 @@ class Storage:
         return await anyio.to_thread.run_sync(self._read, fn, *args)
 
     async def write(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(*args)` in a savepoint of the next group; returns when the group's commit is durable.
+        """`fn(*args)` in the next group of writes; returns when the group's commit is durable.
 
-        Raises what `fn` raised (its savepoint alone is rolled back), or Unavailable if the group could not be
-        committed (then nothing of it is stored).
+        `fn` touches nothing but the database: it is run again where a neighbour in its group fails. Raises what `fn`
+        raised (then it alone is rolled back), or Unavailable if the group could not be committed (then nothing of it
+        is stored).
         """
         if self._writer is None:
             raise Unavailable("the service is stopping; nothing was stored")
@@ -172,6 +182,7 @@ class Storage:
             return fn(*args)
 
     def _write_groups(self) -> None:
+        _thread.in_unit = True
         while (group := self._next_group()) is not None:
             answers = self._commit(group)
             self._loop.call_soon_threadsafe(deliver, group, answers)
@@ -191,7 +202,18 @@ class Storage:
         return group
 
     def _commit(self, group: list[Job]) -> list[Any]:
-        """An answer for each write of the group: its result, or the exception it must raise."""
+        """An answer for each write of the group: its result, or the exception it must raise.
+
+        Most groups have no failing write, so a group is first run without savepoints, which cost as much as the
+        writes. If one fails, all is rolled back, and the group is run again with a savepoint around each.
+        """
+        try:
+            with connected(self.db), self.db.atomic():
+                return [job.fn(*job.args) for job in group]
+        except Exception:
+            return self._commit_each(group)
+
+    def _commit_each(self, group: list[Job]) -> list[Any]:
         try:
             with connected(self.db), self.db.atomic():
                 return [self._attempt(job) for job in group]

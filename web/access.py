@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -52,15 +54,13 @@ class Access:
 
 def is_loopback(scope: Scope) -> bool:
     client = scope.get("client")
-    try:
-        return client is not None and ipaddress.ip_address(client[0]).is_loopback
-    except ValueError:
-        return False
+    return client is not None and is_loopback_name(client[0])
 
 
+@lru_cache(maxsize=256)
 def is_loopback_name(host: str) -> bool:
     """A page of another site can reach this machine under its own name (DNS rebinding), but not under these."""
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    name = re.sub(r":\d+$", "", host) if host.startswith("[") or host.count(":") == 1 else host
     name = name.strip("[]").lower()
     try:
         return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
