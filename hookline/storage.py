@@ -147,10 +147,10 @@ class Storage:
 
     async def stop(self) -> None:
         """Finish every write that was accepted, then close."""
-        if self._writer is not None:
+        writer, self._writer = self._writer, None  # from here on writes are refused, not queued behind the end
+        if writer is not None:
             self._jobs.put(None)
-            await anyio.to_thread.run_sync(self._writer.join)
-            self._writer = None
+            await anyio.to_thread.run_sync(writer.join)
         self.db.close_all()  # type: ignore[attr-defined]
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:
@@ -210,7 +210,9 @@ class Storage:
         try:
             with connected(self.db), self.db.atomic():
                 return [job.fn(*job.args) for job in group]
-        except Exception:
+        except Exception as exc:
+            if error_name(exc) == "SQLITE_BUSY":  # waited long enough once
+                return [Unavailable(sentence_for(exc))] * len(group)
             return self._commit_each(group)
 
     def _commit_each(self, group: list[Job]) -> list[Any]:
