@@ -93,12 +93,15 @@ def transaction(db: Database) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def unavailable_when_it_fails() -> Iterator[None]:
-    try:
-        yield
-    except (OperationalError, InterfaceError) as exc:
-        raise Unavailable(sentence_for(exc)) from exc
+class unavailable_when_it_fails:  # a class, because it is on every path
+    """Turns the database's own failures in the block into Unavailable."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, OperationalError | InterfaceError):
+            raise Unavailable(sentence_for(exc)) from exc
 
 
 def sentence_for(exc: BaseException) -> str:
@@ -178,7 +181,7 @@ class Storage:
         return await future
 
     def _read(self, fn: Callable[..., T], *args: Any) -> T:
-        with unavailable_when_it_fails(), connected(self.db):
+        with connected(self.db), unavailable_when_it_fails():
             return fn(*args)
 
     def _write_groups(self) -> None:

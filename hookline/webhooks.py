@@ -120,7 +120,7 @@ class WebhookManager:
 
     def get(self, webhook_id: str) -> dict[str, Any]:
         """One webhook, without its secret. Raises NotFound, Unavailable."""
-        with unavailable_when_it_fails(), connected(self.db):
+        with connected(self.db), unavailable_when_it_fails():
             row = self.db.execute_sql(self._select, (webhook_id,)).fetchone()
         if row is None:
             raise NotFound("Webhook not found")
@@ -314,7 +314,8 @@ def shown(row: Sequence[Any]) -> dict[str, Any]:
     """A row of SHOWN_COLUMNS as plain values: times in UTC, header values masked (they may be credentials)."""
     webhook = dict(zip(SHOWN_COLUMNS, row, strict=True))
     for name in TIMES:
-        webhook[name] = utc.python_value(webhook[name])
+        if webhook[name] is not None:
+            webhook[name] = utc.python_value(webhook[name])
     webhook["events"] = json.loads(webhook["events"])
     webhook["enabled"] = bool(webhook["enabled"])
     webhook["headers"] = dict.fromkeys(json.loads(webhook["headers"] or "{}"), MASK)
