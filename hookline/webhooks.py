@@ -318,7 +318,7 @@ def shown(row: Sequence[Any]) -> dict[str, Any]:
             webhook[name] = utc.python_value(webhook[name])
     webhook["events"] = json.loads(webhook["events"])
     webhook["enabled"] = bool(webhook["enabled"])
-    webhook["headers"] = dict.fromkeys(json.loads(webhook["headers"] or "{}"), MASK)
+    webhook["headers"] = dict.fromkeys(json.loads(webhook["headers"]), MASK) if webhook["headers"] else {}
     return webhook
 
 

@@ -8,12 +8,13 @@ from typing import Any, cast
 from starlette.endpoints import HTTPEndpoint
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from hookline.storage import Storage
 from hookline.webhooks import WebhookManager, generate_secret
 from web import schemas
+from web.schemas import Json
 
 
 def storage_of(request: Request) -> Storage:
@@ -45,18 +46,18 @@ class Register(HTTPEndpoint):
             manager_of(request).register, url, new.events, new.secret, new.team
         )
         shown = {"webhook_id": webhook_id, "url": url, "events": new.events, "team": new.team}
-        return JSONResponse({**shown, "message": "Webhook registered successfully"}, 201)
+        return Json({**shown, "message": "Webhook registered successfully"}, 201)
 
 
 class ListAll(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
-        return JSONResponse({"webhooks": await storage_of(request).scan(manager_of(request).get_all)})
+        return Json({"webhooks": await storage_of(request).scan(manager_of(request).get_all)})
 
 
 async def delete(request: Request) -> Response:
     found = await storage_of(request).write(manager_of(request).unregister, request.path_params["webhook_id"])
     if not found:
-        return JSONResponse({"detail": "Webhook not found"}, 404)
+        return Json({"detail": "Webhook not found"}, 404)
     return Response(status_code=204, media_type="application/json")
 
 
@@ -66,10 +67,10 @@ async def create(request: Request) -> Response:
     register = partial(manager_of(request).register, description=new.description, headers=new.headers)
     storage = storage_of(request)
     webhook_id = await storage.write(register, str(new.url), new.events, secret, new.team)
-    shown = schemas.webhook_out(await storage.read(manager_of(request).get, webhook_id))
+    shown = await storage.read(manager_of(request).get, webhook_id)
     if new.secret is None:
         shown["secret"] = secret
-    return JSONResponse(shown, 201, {"Location": f"/api/v1/webhooks/{webhook_id}"})
+    return Json(shown, 201, {"Location": f"/api/v1/webhooks/{webhook_id}"})
 
 
 async def page(request: Request) -> Response:
@@ -85,19 +86,19 @@ async def page(request: Request) -> Response:
     found = await storage_of(request).scan(look_up)
     more = len(found) > query.limit
     cursor = schemas.cursor_after(found[query.limit - 1]) if more else None
-    return JSONResponse({"data": [schemas.webhook_out(row) for row in found[: query.limit]], "next_cursor": cursor})
+    return Json({"data": found[: query.limit], "next_cursor": cursor})
 
 
 async def get(request: Request) -> Response:
     found = await storage_of(request).read(manager_of(request).get, request.path_params["webhook_id"])
-    return JSONResponse(schemas.webhook_out(found))
+    return Json(found)
 
 
 async def update(request: Request) -> Response:
     changes = await parsed(request, schemas.WebhookChanges)
     webhook_id = request.path_params["webhook_id"]
     found = await storage_of(request).write(manager_of(request).update, webhook_id, changes.given())
-    return JSONResponse(schemas.webhook_out(found))
+    return Json(found)
 
 
 async def rotate_secret(request: Request) -> Response:
@@ -105,10 +106,10 @@ async def rotate_secret(request: Request) -> Response:
     secret = wanted.secret or generate_secret()
     webhook_id = request.path_params["webhook_id"]
     expires = await storage_of(request).write(manager_of(request).rotate, webhook_id, secret, wanted.overlap_seconds)
-    shown: dict[str, Any] = {"webhook_id": webhook_id, "previous_secret_expires_at": schemas.rfc3339(expires)}
+    shown: dict[str, Any] = {"webhook_id": webhook_id, "previous_secret_expires_at": expires}
     if wanted.secret is None:
         shown["secret"] = secret
-    return JSONResponse(shown)
+    return Json(shown)
 
 
 routes: list[BaseRoute] = [

@@ -19,8 +19,9 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
-from pydantic_core import PydanticCustomError, PydanticUseDefault
+from pydantic_core import PydanticCustomError, PydanticUseDefault, from_json, to_json
 from starlette.datastructures import QueryParams
+from starlette.responses import JSONResponse
 
 from hookline.webhooks import MASK, MAX_EVENTS, MIN_SECRET, secret_problem
 
@@ -31,6 +32,13 @@ OWN_HEADERS = re.compile(r"(?i)webhook-.*|x-webhook-.*|content-length|content-ty
 NOT_GIVEN: Any = None  # a default that is never validated nor used: see `given`
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class Json(JSONResponse):
+    """JSON as pydantic writes it: times in UTC as RFC 3339 with `Z`, and several times as fast as the json module."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
 
 
 class Refused(Exception):
@@ -178,6 +186,10 @@ def query_of(model: type[M], query: QueryParams) -> M:
 
 def decoded(body: bytes) -> Any:
     try:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError:
+        pass  # the json module, which the replaced service used, says what is wrong in the words that it had
+    try:
         return json.loads(body.decode(), parse_constant=no_constant)
     except UnicodeDecodeError as exc:
         at, reason = exc.start, "Invalid UTF-8"
@@ -238,14 +250,3 @@ def cursor_after(webhook: Mapping[str, Any]) -> str:
     """The cursor of the page behind this webhook."""
     place = [webhook["created_at"].replace(tzinfo=None).isoformat(), webhook["webhook_id"]]
     return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
-
-
-def webhook_out(webhook: dict[str, Any]) -> dict[str, Any]:
-    """A webhook as every new route shows it: never its secret."""
-    for name in ("created_at", "updated_at", "last_success", "last_failure"):
-        webhook[name] = rfc3339(webhook[name])
-    return webhook
-
-
-def rfc3339(moment: datetime | None) -> str | None:
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z") if moment else None
