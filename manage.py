@@ -20,6 +20,7 @@ from hookline.errors import HooklineError, Invalid
 from hookline.storage import open_database
 
 SHOWN_PROBLEMS = 1000
+CACHE = -256 * 1024  # KiB: a migration or an import writes more pages than the service keeps, each only once then
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,7 +34,7 @@ def with_database(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            db = open_database(settings.load().database_url)
+            db = open_database(settings.load().database_url, cache_size=CACHE)
             models.db.initialize(db)
             command(db, *args, **kwargs)
         except settings.BadSetting as exc:

@@ -24,23 +24,33 @@ from peewee import (
 db = DatabaseProxy()
 
 
+def stored_time(moment: datetime) -> str:
+    """RFC 3339 text of one fixed width, so that text order is time order. Raises ValueError without a zone."""
+    if moment.tzinfo is None:
+        raise ValueError("a time without a zone cannot be stored")
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def read_time(value: Any) -> datetime | None:
+    """A moment in UTC from what the database gives."""
+    if value is None:
+        return None
+    moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+    if moment.tzinfo is UTC:
+        return moment
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
 class UtcField(Field):
-    """A moment in UTC. SQLite keeps RFC 3339 text of one fixed width, so that text order is time order."""
+    """A moment in UTC."""
 
     field_type = "TIMESTAMPTZ"
 
     def db_value(self, value: datetime | None) -> str | None:
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("a time without a zone cannot be stored")
-        return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return None if value is None else stored_time(value)
 
     def python_value(self, value: Any) -> datetime | None:
-        if value is None:
-            return None
-        moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        return read_time(value)
 
 
 class Table(Model):

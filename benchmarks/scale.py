@@ -34,7 +34,7 @@ def figures(claim: str, medians: tuple[float, ...]) -> Iterator[Figure]:
 
 def measure(size: int) -> tuple[float, float]:
     """The median seconds of a look-up and of a page, of random webhooks and from random places on."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=server.DISK) as name:
         database = server.migrated(Path(name))
         ids = fill(database, size)
         with server.hookline(database) as running:

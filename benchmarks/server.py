@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER_CORE, LOAD_CORE = 0, (os.cpu_count() or 1) - 1
+DISK = ROOT / "data"  # not /tmp, which may be memory
+DISK.mkdir(exist_ok=True)
 
 
 @dataclass
@@ -31,6 +33,7 @@ def environment(database: Path, port: int = 0) -> dict[str, str]:
 
 def migrated(folder: Path) -> Path:
     """A new, migrated database file."""
+    folder.mkdir(parents=True, exist_ok=True)
     database = folder / "webhooks.db"
     manage(database, "migrate", "up")
     return database

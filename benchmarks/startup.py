@@ -15,7 +15,7 @@ STARTS = 5
 
 def run() -> list[Figure]:
     times, sizes = [], []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=server.DISK) as name:
         database = server.migrated(Path(name))
         for _ in range(STARTS):
             with server.hookline(database) as running:

@@ -18,14 +18,14 @@ from playhouse.schema_diff import diff_models
 
 import models
 from hookline.errors import Conflict, HooklineError, Invalid
-from hookline.storage import connected, unavailable_when_it_fails
+from hookline.storage import connected
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "migrations"
 
 
 def status(db: Database, directory: Path = DIRECTORY) -> list[tuple[str, datetime | None]]:
     """Every migration in order, with the time it was applied (None: pending)."""
-    with connected(db), unavailable_when_it_fails():
+    with connected(db):
         return [(migration.name, migration.applied) for migration in Runner(db, str(directory)).status()]
 
 
@@ -60,7 +60,7 @@ def create(db: Database, name: str, directory: Path = DIRECTORY) -> Path:
 
 def diff(db: Database) -> str:
     """What the database lacks or has too much against the models; '' when they agree."""
-    with connected(db), unavailable_when_it_fails():
+    with connected(db):
         found = diff_models(db, models.TABLES)
     return str(found) if found else ""
 

@@ -1,8 +1,9 @@
 """Storage: opening a database, and the two ways an asynchronous caller may use it.
 
-    await storage.read(fn, *args)     a short look-up, on a pooled connection checked out for just this call
+    await storage.read(fn, *args)     a short look-up, at once, on the event loop's own connection
     await storage.scan(fn, *args)     the same for work that may be long: in a worker thread
     await storage.write(fn, *args)    inside a transaction; returns once the commit is durable
+    await storage.write_together(fn, item)    the same, where `fn([item, ...])` takes all that are waiting at once
 
 `fn` is an ordinary function that uses the database. No connection is ever held across an `await`.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +28,7 @@ from hookline.errors import Invalid, Unavailable
 T = TypeVar("T")
 
 GROUP_LIMIT = 500  # writes in one commit
+FAILURES = (OperationalError, InterfaceError)
 BUSY_TIMEOUT = 30  # seconds that a writer waits for another process, an import of a million webhooks included
 
 PRAGMAS = {
@@ -66,42 +68,42 @@ def open_database(url: str, **pragmas: Any) -> Database:
 _thread = threading.local()  # `in_unit`: is this the writer, running a job?
 
 
-@contextmanager
-def connected(db: Database) -> Iterator[None]:
-    """This thread's connection, opened for the block unless the caller already holds one."""
-    if not db.is_closed():
-        yield
-        return
-    with unavailable_when_it_fails():
-        db.connect()
-    try:
-        yield
-    finally:
-        db.close()
+class connected:  # a class, because it is on every path
+    """This thread's connection, opened for the block unless the caller already holds one.
+
+    The database's own failures in the block become Unavailable.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+
+    def __enter__(self) -> None:
+        self.opened = self.db.is_closed()
+        if self.opened:
+            try:
+                self.db.connect()
+            except FAILURES as exc:
+                raise Unavailable(sentence_for(exc)) from exc
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        if self.opened:
+            self.db.close()
+        if isinstance(exc, FAILURES):
+            raise Unavailable(sentence_for(exc)) from exc
 
 
 @contextmanager
 def transaction(db: Database) -> Iterator[None]:
     """One unit of work: committed at the end of the block, or, inside a caller's transaction, a savepoint of it.
 
-    Inside `Storage.write` the unit is open already.
+    Inside `Storage.write` the unit is open already. Failures become Unavailable.
     """
-    if getattr(_thread, "in_unit", False):
-        yield
-        return
-    with connected(db), db.atomic():
-        yield
-
-
-class unavailable_when_it_fails:  # a class, because it is on every path
-    """Turns the database's own failures in the block into Unavailable."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, OperationalError | InterfaceError):
-            raise Unavailable(sentence_for(exc)) from exc
+    with connected(db):
+        if getattr(_thread, "in_unit", False):
+            yield
+            return
+        with db.atomic():
+            yield
 
 
 def sentence_for(exc: BaseException) -> str:
@@ -129,6 +131,10 @@ class Job(NamedTuple):
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     future: asyncio.Future[Any]
+    together: bool  # does `fn` take a list of the single argument of every such job, and return a list?
+
+    def run(self) -> Any:
+        return self.fn(list(self.args))[0] if self.together else self.fn(*self.args)
 
 
 class GroupFailed(Exception):
@@ -140,11 +146,13 @@ class Storage:
 
     def __init__(self, db: Database) -> None:
         self.db = db
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._waiting: list[Job] = []  # of this turn of the event loop
+        self._jobs: SimpleQueue[list[Job] | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self.db.connect(reuse_if_open=True)  # the loop's own, for reads: they never span an await or a transaction
         self._writer = threading.Thread(target=self._write_groups, name="hookline-writer", daemon=True)
         self._writer.start()
 
@@ -152,8 +160,10 @@ class Storage:
         """Finish every write that was accepted, then close."""
         writer, self._writer = self._writer, None  # from here on writes are refused, not queued behind the end
         if writer is not None:
+            self._hand_over()
             self._jobs.put(None)
             await anyio.to_thread.run_sync(writer.join)
+        self.db.close()
         self.db.close_all()  # type: ignore[attr-defined]
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:
@@ -174,14 +184,34 @@ class Storage:
         raised (then it alone is rolled back), or Unavailable if the group could not be committed (then nothing of it
         is stored).
         """
+        answer: T = await self._enqueue(fn, args, together=False)
+        return answer
+
+    async def write_together(self, fn: Callable[[list[Any]], Sequence[T]], item: Any) -> T:
+        """Like `write` of `fn([item])[0]`, but `fn` is called once with the items of all such writes in the group.
+
+        Each statement of the writer gives up the GIL and must win it back from the event loop, so one statement for
+        the whole group is several times as fast. `fn` returns a result for each item, in order.
+        """
+        answer: T = await self._enqueue(fn, (item,), together=True)
+        return answer
+
+    def _enqueue(self, fn: Callable[..., Any], args: tuple[Any, ...], together: bool) -> asyncio.Future[Any]:
         if self._writer is None:
             raise Unavailable("the service is stopping; nothing was stored")
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._jobs.put(Job(fn, args, future))
-        return await future
+        if not self._waiting:  # the writer gets all writes of this turn of the loop at once
+            self._loop.call_soon(self._hand_over)
+        future = self._loop.create_future()
+        self._waiting.append(Job(fn, args, future, together))
+        return future
+
+    def _hand_over(self) -> None:
+        if self._waiting:
+            self._jobs.put(self._waiting)
+            self._waiting = []
 
     def _read(self, fn: Callable[..., T], *args: Any) -> T:
-        with connected(self.db), unavailable_when_it_fails():
+        with connected(self.db):
             return fn(*args)
 
     def _write_groups(self) -> None:
@@ -192,16 +222,16 @@ class Storage:
 
     def _next_group(self) -> list[Job] | None:
         """All that is waiting, at least one; None once stopped."""
-        job = self._jobs.get()
-        if job is None:
+        jobs = self._jobs.get()
+        if jobs is None:
             return None
-        group = [job]
+        group = list(jobs)
         while len(group) < GROUP_LIMIT and not self._jobs.empty():
-            job = self._jobs.get()
-            if job is None:
+            jobs = self._jobs.get()
+            if jobs is None:
                 self._jobs.put(None)
                 break
-            group.append(job)
+            group += jobs
         return group
 
     def _commit(self, group: list[Job]) -> list[Any]:
@@ -212,7 +242,7 @@ class Storage:
         """
         try:
             with connected(self.db), self.db.atomic():
-                return [job.fn(*job.args) for job in group]
+                return run_all(group)
         except Exception as exc:
             if error_name(exc) == "SQLITE_BUSY":  # waited long enough once
                 return [Unavailable(sentence_for(exc))] * len(group)
@@ -229,7 +259,7 @@ class Storage:
     def _attempt(self, job: Job) -> Any:
         try:
             with self.db.atomic():
-                return job.fn(*job.args)
+                return job.run()
         except Exception as exc:
             # A full disk or an I/O error may have ended the whole transaction, the neighbours' writes with it.
             if not self._still_in_transaction() or error_name(exc) not in ("", "SQLITE_CONSTRAINT"):
@@ -239,6 +269,22 @@ class Storage:
     def _still_in_transaction(self) -> bool:
         connection = self.db.connection()
         return not isinstance(connection, sqlite3.Connection) or connection.in_transaction
+
+
+def run_all(group: list[Job]) -> list[Any]:
+    """The answer of each job, those that can run together in one call."""
+    answers: list[Any] = [None] * len(group)
+    sets: dict[Callable[..., Any], list[int]] = {}
+    for place, job in enumerate(group):
+        if job.together:
+            sets.setdefault(job.fn, []).append(place)
+        else:
+            answers[place] = job.run()
+    for function, places in sets.items():
+        results = function([group[place].args[0] for place in places])
+        for place, result in zip(places, results, strict=True):
+            answers[place] = result
+    return answers
 
 
 def deliver(group: list[Job], answers: list[Any]) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from peewee import Database
 from hookline import clock
 from hookline.errors import Invalid
 from hookline.files import back_up, replace_file
-from hookline.storage import connected, transaction, unavailable_when_it_fails
+from hookline.storage import connected, transaction
 from hookline.webhooks import check_text, legacy_time
-from models import UtcField
+from models import read_time, stored_time
 
 FIELDS = [
     "url",
@@ -59,8 +61,6 @@ MAX_COUNT = 2**63 - 1
 Progress = Callable[[str, int, int], None]  # what is done, how many of how many
 Row = dict[str, Any]
 
-utc = UtcField()
-
 
 @dataclass
 class Report:
@@ -93,7 +93,7 @@ def import_file(
     rows, report = parse(content, progress or silent)
     if report.problems and not skip_invalid:
         raise Invalid(f"{path}: nothing was imported, {report.invalid} entries are invalid", report.problems)
-    with unavailable_when_it_fails(), connected(db):
+    with connected(db):
         if dry_run:
             compare(rows, stored(db), report)
             return report
@@ -106,7 +106,7 @@ def import_file(
 
 def export_file(db: Database, path: Path, progress: Progress | None = None) -> int:
     """Write every webhook in the replaced service's form; returns how many. Raises Invalid, Unavailable."""
-    with unavailable_when_it_fails(), connected(db):
+    with connected(db):
         entries = {row["webhook_id"]: exported(row) for row in everything(db)}
     text = json.dumps(entries, indent=2)
     replace_file(path, text.encode())
@@ -129,7 +129,7 @@ def parse(content: bytes, progress: Progress) -> tuple[list[Row], Report]:
     """
     entries = list(entries_of(decode(content)))
     report = Report()
-    now = utc.db_value(clock.now())
+    now = stored_time(clock.now())
     rows: list[Row] = []
     for index, (webhook_id, entry, problems) in enumerate(entries):
         row = {} if problems else read_entry(entry, problems)
@@ -137,7 +137,8 @@ def parse(content: bytes, progress: Progress) -> tuple[list[Row], Report]:
             report.invalid += 1
             report.problems += [f"{webhook_id}: {problem}" for problem in problems]
         else:
-            rows.append({"webhook_id": webhook_id, "imported_at": now, **row})
+            row["webhook_id"], row["imported_at"] = webhook_id, now
+            rows.append(row)
         if index % BATCH == 0:
             progress("checked", index, len(entries))
     progress("checked", len(entries), len(entries))
@@ -223,9 +224,10 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
         problems += [f"{name}: comes more than once" for name in sorted(entry.keys_twice)]
     if not entry.keys() <= FIELD_SET:
         problems += [f"{name}: unknown field, it would be lost" for name in entry if name not in FIELD_SET]
-    row: Row = {}
-    values: list[Any] = [entry.get(name) for name in ("url", "events", "secret", "team")]
-    url, events, secret, team = values
+    url: Any = entry.get("url")
+    events: Any = entry.get("events")
+    secret: Any = entry.get("secret")
+    team: Any = entry.get("team")
     if not isinstance(url, str) or not HTTP_URL.fullmatch(url):
         problems.append("url: " + ("not an http or https URL" if "url" in entry else "missing"))
     if not isinstance(events, list) or not all([isinstance(event, str) for event in events]):
@@ -235,12 +237,18 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
     if team is not None and not isinstance(team, str):
         problems.append("team: neither a string nor null")
     if problems:
-        return row
-    for name, text in (("url", url), ("secret", secret), ("team", team or ""), ("events", "".join(events))):
-        if not text.isascii() or "\0" in text:
+        return {}
+    texts = {"url": url, "secret": secret, "team": team or "", "events": "".join(events)}
+    together = "".join(texts.values())
+    if not together.isascii() or "\0" in together:
+        for name, text in texts.items():
             problems += text_problems(name, text)
-    for name, value in entry.items():
-        row[name] = CHECKS[name](value, name, problems) if name in CHECKS else value
+    row = dict(entry)
+    for name, check in CHECKS.items():
+        if name in entry:
+            row[name] = check(entry[name], name, problems)
+    row["event_types"] = events
+    row["events"] = events_text(tuple(events))
     if row.get("created_at", "") is None:
         del row["created_at"]
     return row
@@ -261,7 +269,7 @@ def time_of(value: Any, name: str, problems: list[str]) -> str | None:
         moment = datetime.fromisoformat(value)
         if len(value) == 26 and value[10] == "T" and moment.tzinfo is None:  # as the replaced service wrote it
             return str(value) + "Z"
-        return utc.db_value(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)
+        return stored_time(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)
     except (TypeError, ValueError, OverflowError):
         problems.append(f"{name}: not an ISO 8601 time")
         return None
@@ -284,8 +292,12 @@ CHECKS: dict[str, Callable[[Any, str, list[str]], Any]] = {
     **dict.fromkeys(TIMES, time_of),
     **dict.fromkeys(COUNTS, count_of),
     "enabled": boolean_of,
-    "events": lambda events, name, problems: json.dumps(events),
 }
+
+
+@lru_cache(maxsize=1024)
+def events_text(events: tuple[str, ...]) -> str:
+    return json.dumps(events)
 
 
 def compare(rows: Iterable[Row], stored_rows: Mapping[str, Row], report: Report) -> tuple[list[Row], list[Row]]:
@@ -293,11 +305,10 @@ def compare(rows: Iterable[Row], stored_rows: Mapping[str, Row], report: Report)
     new, updated = [], []
     for row in rows:
         before = stored_rows.get(row["webhook_id"])
-        whole = {**DEFAULTS, "created_at": row["imported_at"], **(before or {}), **row}
         if before is None:
-            new.append(whole)
-        elif any(whole[name] != before[name] for name in FIELDS):
-            updated.append(whole)
+            new.append({**DEFAULTS, "created_at": row["imported_at"], **row})
+        elif any(row.get(name, before[name]) != before[name] for name in FIELDS):
+            updated.append({**before, **row})
         else:
             report.unchanged += 1
     report.new, report.updated = len(new), len(updated)
@@ -314,7 +325,8 @@ def everything(db: Database) -> Iterator[Row]:
     for row in cursor.fetchall():
         found = dict(zip(columns, row, strict=True))
         for name in TIMES:
-            found[name] = utc.db_value(utc.python_value(found[name]))
+            moment = read_time(found[name])
+            found[name] = moment and stored_time(moment)
         yield found
 
 
@@ -337,7 +349,7 @@ def write(db: Database, new: list[Row], updated: list[Row], progress: Progress) 
         )
         progress("written", done := done + len(batch), total)
     subscribe = f"INSERT INTO subscriptions (event_type, team, webhook_id) VALUES ({db.param}, {db.param}, {db.param})"
-    cursor.executemany(subscribe, sorted(subscriptions_of([*new, *updated])))
+    cursor.executemany(subscribe, subscriptions_of([*new, *updated]))
 
 
 def values_of(row: Row) -> tuple[Any, ...]:
@@ -345,9 +357,13 @@ def values_of(row: Row) -> tuple[Any, ...]:
 
 
 def subscriptions_of(rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
+    """In the order of the primary key, so that each page is written once."""
+    webhooks: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
-        team, webhook_id = row["team"] or "", row["webhook_id"]
-        for event in set(json.loads(row["events"])):
+        for event in set(row["event_types"]):
+            webhooks[event, row["team"] or ""].append(row["webhook_id"])
+    for (event, team), ids in sorted(webhooks.items()):
+        for webhook_id in sorted(ids):
             yield event, team, webhook_id
 
 
@@ -359,7 +375,7 @@ def batches(rows: list[Row]) -> Iterator[list[Row]]:
 def exported(row: Row) -> dict[str, Any]:
     entry = {name: row[name] for name in FIELDS}
     for name in TIMES:
-        entry[name] = legacy_time(utc.python_value(entry[name]))
+        entry[name] = legacy_time(read_time(entry[name]))
     return {**entry, "events": json.loads(row["events"]), "enabled": bool(row["enabled"])}
 
 

@@ -9,25 +9,23 @@ from __future__ import annotations
 import base64
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from peewee import Database, Tuple, fn
+from uuid_utils import uuid7
 
 import models
-from hookline import clock, schema
+from hookline import clock, schema, sql
 from hookline.errors import Invalid, NotFound
-from hookline.storage import connected, open_database, transaction, unavailable_when_it_fails
-from models import Subscription, UtcField, Webhook
+from hookline.storage import connected, open_database, transaction
+from models import Subscription, Webhook, read_time, stored_time
 
 MIN_SECRET = 16  # characters
 MAX_EVENTS = 1000  # event types of one webhook
 MASK = "***"
 
-# The hot statements, as text: building them with the ORM costs ten times what running them does.
 REGISTER_COLUMNS = (
     "webhook_id",
     "url",
@@ -59,7 +57,16 @@ TIMES = ("created_at", "updated_at", "last_success", "last_failure")
 
 Rows = list[dict[str, Any]]
 
-utc = UtcField()
+
+class Registration(NamedTuple):
+    """What registering takes."""
+
+    url: str
+    events: Sequence[str]
+    secret: str
+    team: str | None = None
+    description: str | None = None
+    headers: Mapping[str, str] | None = None
 
 
 class WebhookManager:
@@ -76,10 +83,13 @@ class WebhookManager:
             if models.db.obj is None:
                 models.db.initialize(self.db)
             schema.up(self.db)
-        slots = ", ".join([self.db.param] * len(REGISTER_COLUMNS))
         self._insert = (
             f"INSERT INTO webhooks ({', '.join(REGISTER_COLUMNS)}, enabled, total_calls, failed_calls) "
-            f"VALUES ({slots}, TRUE, 0, 0)"
+            f"SELECT {', '.join(REGISTER_COLUMNS)}, TRUE, 0, 0 FROM {sql.rows(self.db, *REGISTER_COLUMNS)}"
+        )
+        self._subscribe = (
+            "INSERT INTO subscriptions (event_type, team, webhook_id) "
+            f"SELECT event_type, team, webhook_id FROM {sql.rows(self.db, 'event_type', 'team', 'webhook_id')}"
         )
         self._select = f"SELECT {', '.join(SHOWN_COLUMNS)} FROM webhooks WHERE webhook_id = {self.db.param}"
         self._delete = f"DELETE FROM webhooks WHERE webhook_id = {self.db.param}"
@@ -103,24 +113,31 @@ class WebhookManager:
         headers: Mapping[str, str] | None = None,
     ) -> str:
         """Store a webhook; returns its new id. Raises Invalid, Unavailable."""
-        check(url, events, secret, team)
-        webhook_id = str(uuid.uuid4())
-        now = utc.db_value(clock.now())
-        sent_headers = json.dumps(dict(headers)) if headers else None
-        row = (webhook_id, url, json.dumps(list(events)), secret, team, now, now, description, sent_headers)
-        with unavailable_when_it_fails(), transaction(self.db):
-            self.db.execute_sql(self._insert, row)
-            self._subscribe(webhook_id, events, team)
-        return webhook_id
+        return self.register_all([Registration(url, events, secret, team, description, headers)])[0]
+
+    def register_all(self, registrations: Sequence[Registration]) -> list[str]:
+        """Store these webhooks, all or none; returns their new ids, in order. Raises Invalid, Unavailable."""
+        for new in registrations:
+            check(new.url, new.events, new.secret, new.team)
+        now = stored_time(clock.now())
+        ids = [str(uuid7()) for _ in registrations]  # ordered by time: new rows share pages, so commits are small
+        webhooks = sql.parameter(inserted(id_, new, now) for id_, new in zip(ids, registrations, strict=True))
+        wanted = [
+            row for id_, new in zip(ids, registrations, strict=True) for row in subscriptions(id_, new.events, new.team)
+        ]
+        with transaction(self.db):
+            self.db.execute_sql(self._insert, (webhooks,))
+            self.db.execute_sql(self._subscribe, (sql.parameter(wanted),))
+        return ids
 
     def unregister(self, webhook_id: str) -> bool:
         """Delete a webhook and all that hangs on it; False if there is none of that id. Raises Unavailable."""
-        with unavailable_when_it_fails(), transaction(self.db):
+        with transaction(self.db):
             return bool(self.db.execute_sql(self._delete, (webhook_id,)).rowcount)
 
     def get(self, webhook_id: str) -> dict[str, Any]:
         """One webhook, without its secret. Raises NotFound, Unavailable."""
-        with connected(self.db), unavailable_when_it_fails():
+        with connected(self.db):
             row = self.db.execute_sql(self._select, (webhook_id,)).fetchone()
         if row is None:
             raise NotFound("Webhook not found")
@@ -148,8 +165,8 @@ class WebhookManager:
         if event is not None:
             query = query.where(fn.EXISTS(wants(event)))
         if after is not None:
-            query = query.where(Tuple(Webhook.created_at, Webhook.webhook_id) > Tuple(utc.db_value(after[0]), after[1]))
-        with unavailable_when_it_fails(), connected(self.db):
+            query = query.where(Tuple(Webhook.created_at, Webhook.webhook_id) > Tuple(stored_time(after[0]), after[1]))
+        with connected(self.db):
             return [shown(row) for row in query.tuples().bind(self.db).execute()]
 
     def get_all(self) -> Rows:
@@ -166,7 +183,7 @@ class WebhookManager:
 
         Raises NotFound, Invalid, Unavailable.
         """
-        with unavailable_when_it_fails(), transaction(self.db):
+        with transaction(self.db):
             before = self.get(webhook_id)
             after = {**before, **changes}
             check(after["url"], after["events"], None, after["team"])
@@ -177,7 +194,8 @@ class WebhookManager:
             Webhook.update(values).where(Webhook.webhook_id == webhook_id).execute(self.db)
             if "events" in changes or "team" in changes:
                 Subscription.delete().where(Subscription.webhook == webhook_id).execute(self.db)
-                self._subscribe(webhook_id, after["events"], after["team"])
+                rows = subscriptions(webhook_id, after["events"], after["team"])
+                self.db.execute_sql(self._subscribe, (sql.parameter(rows),))
             return self.get(webhook_id)
 
     def rotate(self, webhook_id: str, secret: str, overlap_seconds: int) -> datetime | None:
@@ -188,7 +206,7 @@ class WebhookManager:
         check_secret(secret)
         now = clock.now()
         expires = now + timedelta(seconds=overlap_seconds) if overlap_seconds else None
-        with unavailable_when_it_fails(), transaction(self.db):
+        with transaction(self.db):
             changed = (
                 Webhook.update(
                     previous_secret=Webhook.secret if expires else None,
@@ -206,15 +224,8 @@ class WebhookManager:
     def _everything(self) -> Iterator[dict[str, Any]]:
         query = Webhook.select(*(getattr(Webhook, name) for name in SHOWN_COLUMNS))
         query = query.order_by(Webhook.created_at, Webhook.webhook_id).tuples().bind(self.db)
-        sql, params = query.sql()
-        with unavailable_when_it_fails(), connected(self.db):
-            yield from map(shown, self.db.execute_sql(sql, params).fetchall())
-
-    def _subscribe(self, webhook_id: str, events: Iterable[str], team: str | None) -> None:
-        rows = [(event, team or "", webhook_id) for event in dict.fromkeys(events)]
-        if rows:
-            sql = subscribe_sql(self.db.param, len(rows))
-            self.db.execute_sql(sql, [value for row in rows for value in row])
+        with connected(self.db):
+            yield from map(shown, self.db.execute_sql(*query.sql()).fetchall())
 
 
 class Registrations(Mapping[str, dict[str, Any]]):
@@ -235,7 +246,7 @@ class Registrations(Mapping[str, dict[str, Any]]):
         return iter([webhook["webhook_id"] for webhook in self._manager._everything()])
 
     def __len__(self) -> int:
-        with unavailable_when_it_fails(), connected(self._manager.db):
+        with connected(self._manager.db):
             return int(Webhook.select().count(self._manager.db))
 
 
@@ -291,10 +302,15 @@ def check_text(name: str, text: str | None) -> None:
         raise Invalid(f"{name} must not contain lone surrogates") from None
 
 
-@lru_cache(maxsize=128)
-def subscribe_sql(param: str, rows: int) -> str:
-    slots = ", ".join([f"({param}, {param}, {param})"] * rows)
-    return f"INSERT INTO subscriptions (event_type, team, webhook_id) VALUES {slots}"
+def inserted(webhook_id: str, new: Registration, now: str) -> tuple[str | None, ...]:
+    """The row of REGISTER_COLUMNS."""
+    events = json.dumps(list(new.events))
+    headers = json.dumps(dict(new.headers)) if new.headers else None
+    return (webhook_id, new.url, events, new.secret, new.team, now, now, new.description, headers)
+
+
+def subscriptions(webhook_id: str, events: Iterable[str], team: str | None) -> list[tuple[str, str, str]]:
+    return [(event, team or "", webhook_id) for event in dict.fromkeys(events)]
 
 
 def wants(event: str) -> Any:
@@ -314,8 +330,7 @@ def shown(row: Sequence[Any]) -> dict[str, Any]:
     """A row of SHOWN_COLUMNS as plain values: times in UTC, header values masked (they may be credentials)."""
     webhook = dict(zip(SHOWN_COLUMNS, row, strict=True))
     for name in TIMES:
-        if webhook[name] is not None:
-            webhook[name] = utc.python_value(webhook[name])
+        webhook[name] = read_time(webhook[name])
     webhook["events"] = json.loads(webhook["events"])
     webhook["enabled"] = bool(webhook["enabled"])
     webhook["headers"] = dict.fromkeys(json.loads(webhook["headers"]), MASK) if webhook["headers"] else {}

@@ -44,7 +44,7 @@ def test_every_command_is_documented_and_has_help() -> None:
 def test_every_route_is_documented() -> None:
     for route in [*api.routes, *operations.routes]:
         assert isinstance(route, Route)
-        assert f"{route.path}`" in API, route.path
+        assert f"{route.path_format}`" in API, route.path
 
 
 def test_every_dependency_is_justified() -> None:

@@ -13,8 +13,9 @@ from peewee import Database
 
 import models
 from hookline import WebhookManager, schema
-from hookline.errors import Unavailable
+from hookline.errors import Invalid, Unavailable
 from hookline.storage import Storage, open_database
+from hookline.webhooks import Registration
 from tests.conftest import SECRET
 
 
@@ -118,12 +119,37 @@ async def test_stopping_finishes_what_was_accepted(db: Database) -> None:
         assert count(db) == 50
 
 
-async def test_no_connection_is_held_between_calls(db: Database, storage: Storage) -> None:
+async def test_between_calls_the_loop_alone_holds_a_connection_and_no_transaction(
+    db: Database, storage: Storage
+) -> None:
     for call in (storage.read, storage.scan, storage.write):
         await call(count, db)
     await storage.write(count, db)
-    assert db.is_closed()
-    assert not db._in_use  # type: ignore[attr-defined]
+    assert len(db._in_use) == 1  # type: ignore[attr-defined]
+    assert not db.connection().in_transaction
+    other = open_database(f"sqlite:///{db.database}")  # an idle reader must not keep the log from being reset
+    with other.connection_context():
+        assert other.execute_sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+
+
+async def test_writes_of_one_kind_are_one_call_for_a_group(db: Database, storage: Storage) -> None:
+    manager = WebhookManager(db=db)
+    calls: list[int] = []
+
+    def register_all(registrations: list[Registration]) -> list[str]:
+        calls.append(len(registrations))
+        return manager.register_all(registrations)
+
+    good = [Registration(f"http://example.com/{n}", ["a"], SECRET) for n in range(10)]
+    ids = await asyncio.gather(*(storage.write_together(register_all, one) for one in good))
+    assert calls == [10]
+    assert [(await storage.read(manager.get, one))["url"] for one in ids] == [one.url for one in good]
+
+    bad = Registration("ftp://example.com", ["a"], SECRET)
+    writes = [storage.write_together(register_all, one) for one in (good[0], bad, good[1])]
+    first, failed, last = await asyncio.gather(*writes, return_exceptions=True)
+    assert isinstance(first, str) and isinstance(last, str) and isinstance(failed, Invalid)
+    assert await storage.read(count, db) == 12
 
 
 async def test_every_pooled_connection_is_durable_and_checked(db: Database, storage: Storage) -> None:

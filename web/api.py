@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, cast
 
-from starlette.endpoints import HTTPEndpoint
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from hookline.storage import Storage
-from hookline.webhooks import WebhookManager, generate_secret
+from hookline.webhooks import Registration, WebhookManager, generate_secret
 from web import schemas
 from web.schemas import Json
 
@@ -33,25 +33,21 @@ async def parsed(request: Request, model: type[schemas.M], *, empty: bytes = b""
     return schemas.body_of(model, content_type, body or empty)
 
 
-# The three endpoints of the replaced service. Classes, because `/register` and `/list` must answer 405 to other
-# methods rather than be taken for the id of a webhook.
+# The three endpoints of the replaced service.
 
 
-class Register(HTTPEndpoint):
-    async def post(self, request: Request) -> Response:
-        # Another content type is a 422 here, as it was, and a 415 on the new routes.
-        new = schemas.body_of(schemas.Registration, request.headers.get("content-type"), await request.body())
-        url = str(new.url)
-        webhook_id = await storage_of(request).write(
-            manager_of(request).register, url, new.events, new.secret, new.team
-        )
-        shown = {"webhook_id": webhook_id, "url": url, "events": new.events, "team": new.team}
-        return Json({**shown, "message": "Webhook registered successfully"}, 201)
+async def register(request: Request) -> Response:
+    # Another content type is a 422 here, as it was, and a 415 on the new routes.
+    new = schemas.body_of(schemas.Registration, request.headers.get("content-type"), await request.body())
+    url = str(new.url)
+    registration = Registration(url, new.events, new.secret, new.team)
+    webhook_id = await storage_of(request).write_together(manager_of(request).register_all, registration)
+    shown = {"webhook_id": webhook_id, "url": url, "events": new.events, "team": new.team}
+    return Json({**shown, "message": "Webhook registered successfully"}, 201)
 
 
-class ListAll(HTTPEndpoint):
-    async def get(self, request: Request) -> Response:
-        return Json({"webhooks": await storage_of(request).scan(manager_of(request).get_all)})
+async def list_all(request: Request) -> Response:
+    return Json({"webhooks": await storage_of(request).scan(manager_of(request).get_all)})
 
 
 async def delete(request: Request) -> Response:
@@ -64,9 +60,9 @@ async def delete(request: Request) -> Response:
 async def create(request: Request) -> Response:
     new = await parsed(request, schemas.NewWebhook)
     secret = new.secret or generate_secret()
-    register = partial(manager_of(request).register, description=new.description, headers=new.headers)
+    registration = Registration(str(new.url), new.events, secret, new.team, new.description, new.headers)
     storage = storage_of(request)
-    webhook_id = await storage.write(register, str(new.url), new.events, secret, new.team)
+    webhook_id = await storage.write_together(manager_of(request).register_all, registration)
     shown = await storage.read(manager_of(request).get, webhook_id)
     if new.secret is None:
         shown["secret"] = secret
@@ -112,13 +108,27 @@ async def rotate_secret(request: Request) -> Response:
     return Json(shown)
 
 
-routes: list[BaseRoute] = [
-    Route("/api/v1/webhooks/register", Register),
-    Route("/api/v1/webhooks/list", ListAll),
+class WebhookId(Convertor[str]):
+    """Any segment but the names of the two routes beside it, which must answer 405 to other methods."""
+
+    regex = "(?!(?:register|list)$)[^/]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("webhook", WebhookId())
+
+routes: list[BaseRoute] = [  # the busiest first: they are tried in order
+    Route("/api/v1/webhooks/register", register, methods=["POST"]),
+    Route("/api/v1/webhooks/{webhook_id:webhook}", get, methods=["GET"]),
+    Route("/api/v1/webhooks/{webhook_id:webhook}", update, methods=["PATCH"]),
+    Route("/api/v1/webhooks/{webhook_id:webhook}", delete, methods=["DELETE"]),
     Route("/api/v1/webhooks", create, methods=["POST"]),
     Route("/api/v1/webhooks", page, methods=["GET"]),
-    Route("/api/v1/webhooks/{webhook_id}", get, methods=["GET"]),
-    Route("/api/v1/webhooks/{webhook_id}", update, methods=["PATCH"]),
-    Route("/api/v1/webhooks/{webhook_id}", delete, methods=["DELETE"]),
-    Route("/api/v1/webhooks/{webhook_id}/rotate-secret", rotate_secret, methods=["POST"]),
+    Route("/api/v1/webhooks/list", list_all, methods=["GET"]),
+    Route("/api/v1/webhooks/{webhook_id:webhook}/rotate-secret", rotate_secret, methods=["POST"]),
 ]
