@@ -243,10 +243,10 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
     if not together.isascii() or "\0" in together:
         for name, text in texts.items():
             problems += text_problems(name, text)
-    row = dict(entry)
+    row: Row = entry  # changed in place: a copy of each costs a tenth of an import
     for name, check in CHECKS.items():
-        if name in entry:
-            row[name] = check(entry[name], name, problems)
+        if name in row:
+            row[name] = check(row[name], name, problems)
     row["event_types"] = events
     row["events"] = events_text(tuple(events))
     if row.get("created_at", "") is None:
@@ -306,7 +306,10 @@ def compare(rows: Iterable[Row], stored_rows: Mapping[str, Row], report: Report)
     for row in rows:
         before = stored_rows.get(row["webhook_id"])
         if before is None:
-            new.append({**DEFAULTS, "created_at": row["imported_at"], **row})
+            row.setdefault("created_at", row["imported_at"])
+            for name, value in DEFAULTS.items():
+                row.setdefault(name, value)
+            new.append(row)
         elif any(row.get(name, before[name]) != before[name] for name in FIELDS):
             updated.append({**before, **row})
         else:
