@@ -1,4 +1,4 @@
-"""Assembly: settings → store → Starlette. `python app.py` serves; `app:app` is for any other ASGI server."""
+"""Assembly: settings → store → worker → Starlette. `python app.py` serves; `app:app` is for any other ASGI server."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from starlette.middleware import Middleware
 
 import models
 import settings
-from hookline import schema
+from hookline import events, schema
+from hookline.delivery import Worker
+from hookline.egress import Client
 from hookline.errors import HooklineError
+from hookline.policy import Rules
 from hookline.storage import Storage, open_database
 from hookline.webhooks import WebhookManager
 from web import api, operations
@@ -30,11 +33,17 @@ def create_app(config: settings.Settings) -> Starlette:
     models.db.initialize(db)
     schema.require_current(db)
     storage = Storage(db)
+    worker = worker_of(config, storage) if config.run_worker else None
+    events.attach(db, events.Outlet(max_payload=config.max_payload, lease=config.lease))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await storage.start()
+        if worker is not None:
+            await worker.start()
         yield
+        if worker is not None:
+            await worker.stop()
         await storage.stop()
 
     app = Starlette(
@@ -48,7 +57,21 @@ def create_app(config: settings.Settings) -> Starlette:
     )
     app.state.storage = storage
     app.state.manager = WebhookManager(db=db)
+    app.state.worker = worker
+    app.state.allowed_networks = config.allowed_networks
     return app
+
+
+def worker_of(config: settings.Settings, storage: Storage) -> Worker:
+    rules = Rules(
+        retry_schedule=config.retry_schedule,
+        disable_after=config.disable_after,
+        lease=config.lease,
+        timeout=config.delivery_timeout,
+        concurrency=config.worker_concurrency,
+    )
+    client = Client(allowed=config.allowed_networks, timeout=config.delivery_timeout)
+    return Worker(storage, client, rules, config.max_payload)
 
 
 def assembled() -> tuple[Starlette, settings.Settings]:

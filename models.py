@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
 from peewee import (
     SQL,
+    BigAutoField,
     BooleanField,
     CompositeKey,
     DatabaseProxy,
@@ -79,6 +81,7 @@ class Webhook(Table):
     previous_secret = TextField(null=True)
     previous_secret_expires_at = UtcField(null=True)
     failing_since = UtcField(null=True)
+    disabled_at = UtcField(null=True)
     disabled_reason = TextField(null=True)
     retry_schedule = TextField(null=True)
     rate_limit = FloatField(null=True)
@@ -111,4 +114,102 @@ class Subscription(Table):
 
 Subscription.add_index(Subscription.webhook, name="idx_subscriptions_webhook")
 
-TABLES: list[type[Model]] = [Webhook, Subscription]
+
+class Event(Table):
+    """Something that happened. `payload` is the very text that is signed and sent, on every attempt."""
+
+    event_id = TextField(primary_key=True)
+    event_type = TextField()
+    payload = TextField()
+    idempotency_key = TextField(null=True, unique=True)
+    created_at = UtcField()
+
+    class Meta:
+        table_name = "events"
+
+
+class Status(StrEnum):
+    """Where a delivery is. It leaves `pending` once, unless someone asks for it again."""
+
+    PENDING = "pending"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Delivery(Table):
+    """One event on its way to one webhook, with its latest attempt.
+
+    While pending, `next_attempt_at` is when it is due, or, while `leased`, when whoever sends it has lost it. For a
+    webhook with strict order it is IN_ORDER, so that the index gives the oldest first, and the lane holds the time.
+    """
+
+    delivery_id = BigAutoField()
+    webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", index=False)
+    event = ForeignKeyField(Event, column_name="event_id", on_delete="CASCADE", index=False)
+    status = TextField(constraints=[SQL("DEFAULT 'pending'")])
+    leased = BooleanField(constraints=[SQL("DEFAULT FALSE")])
+    attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
+    attempts_before = IntegerField(constraints=[SQL("DEFAULT 0")])  # it was asked for again: the schedule starts anew
+    next_attempt_at = UtcField(null=True)
+    created_at = UtcField()
+    finished_at = UtcField(null=True)
+    last_started_at = UtcField(null=True)
+    last_duration_ms = IntegerField(null=True)
+    last_status_code = IntegerField(null=True)
+    last_error = TextField(null=True)
+    last_response = TextField(null=True)
+
+    class Meta:
+        table_name = "deliveries"
+        constraints = [
+            SQL("CONSTRAINT deliveries_status CHECK (status IN ('pending', 'succeeded', 'failed', 'cancelled'))"),
+            SQL("CONSTRAINT deliveries_due CHECK (status <> 'pending' OR next_attempt_at IS NOT NULL)"),
+        ]
+
+
+# An endpoint gets an event once. The event comes first: new rows then go to the end of the index.
+Delivery.add_index(Delivery.event, Delivery.webhook, unique=True, name="idx_deliveries_event")
+Delivery.add_index(Delivery.webhook, Delivery.delivery_id, name="idx_deliveries_webhook")
+Delivery.add_index(
+    Delivery.webhook, Delivery.next_attempt_at, where=SQL("status = 'pending'"), name="idx_deliveries_pending"
+)
+
+
+class Attempt(Table):
+    """An attempt before a delivery's latest one; most deliveries never have one."""
+
+    delivery = ForeignKeyField(Delivery, column_name="delivery_id", on_delete="CASCADE", index=False)
+    number = IntegerField()
+    started_at = UtcField()
+    duration_ms = IntegerField()
+    status_code = IntegerField(null=True)
+    error = TextField(null=True)
+    response = TextField(null=True)
+
+    class Meta:
+        table_name = "attempts"
+        primary_key = CompositeKey("delivery", "number")
+
+
+class Lane(Table):
+    """The queue of one webhook, there while something of it waits.
+
+    `due_at`: when a worker looks next; may be early, never late. `open_at`: not before this, because the endpoint
+    fails, has a rate limit, or is being tried by someone. `failures`: attempts failed in a row.
+    """
+
+    webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", primary_key=True)
+    due_at = UtcField()
+    open_at = UtcField(null=True)
+    failures = IntegerField(constraints=[SQL("DEFAULT 0")])
+
+    class Meta:
+        table_name = "lanes"
+
+
+Lane.add_index(Lane.due_at, name="idx_lanes_due")
+
+IN_ORDER = "1970-01-01T00:00:00.000000Z"
+
+TABLES: list[type[Model]] = [Webhook, Subscription, Event, Delivery, Attempt, Lane]

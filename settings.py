@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 from dotenv import dotenv_values
 
 SIZES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # seconds
+MARGIN = 2  # seconds of a lease that settling a delivery may take
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -24,7 +28,15 @@ class Settings:
     port: int = 8005
     api_keys: tuple[str, ...] = ()
     allow_anonymous: bool = False
+    allowed_networks: tuple[Network, ...] = ()
+    run_worker: bool = True
+    worker_concurrency: int = 256  # requests in flight
+    delivery_timeout: float = 15  # seconds, as are all below
+    lease: float = 60
+    retry_schedule: tuple[float, ...] = (5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
+    disable_after: float = 5 * 86400
     max_body: int = 1024**2  # bytes
+    max_payload: int = 256 * 1024  # bytes
     log_level: str = "info"
 
     def __repr__(self) -> str:
@@ -36,15 +48,26 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     if environ is None:
         environ = {**{k: v for k, v in dotenv_values(".env").items() if v is not None}, **os.environ}
     given = {name: value.strip() for name, value in environ.items() if value.strip()}
-    return Settings(
+    found = Settings(
         database_url=_database_url(given.get("DATABASE_URL", Settings.database_url)),
         host=given.get("HOST", Settings.host),
         port=_port(given.get("PORT", str(Settings.port))),
         api_keys=_api_keys(given.get("API_KEYS", "")),
         allow_anonymous=_boolean("ALLOW_ANONYMOUS", given.get("ALLOW_ANONYMOUS", "false")),
+        allowed_networks=_networks(given.get("ALLOWED_NETWORKS", "")),
+        run_worker=_boolean("RUN_WORKER", given.get("RUN_WORKER", "true")),
+        worker_concurrency=_count("WORKER_CONCURRENCY", given.get("WORKER_CONCURRENCY", "256")),
+        delivery_timeout=_duration("DELIVERY_TIMEOUT", given.get("DELIVERY_TIMEOUT", "15s")),
+        lease=_duration("LEASE", given.get("LEASE", "60s")),
+        retry_schedule=_schedule(given.get("RETRY_SCHEDULE", "5s 30s 2m 10m 30m 2h 5h 10h 14h 20h 24h")),
+        disable_after=_duration("DISABLE_AFTER", given.get("DISABLE_AFTER", "5d")),
         max_body=_size("MAX_BODY", given.get("MAX_BODY", "1MiB")),
+        max_payload=_size("MAX_PAYLOAD", given.get("MAX_PAYLOAD", "256KiB")),
         log_level=_one_of("LOG_LEVEL", given.get("LOG_LEVEL", Settings.log_level).lower(), LEVELS),
     )
+    if found.lease < found.delivery_timeout + MARGIN:
+        raise BadSetting(f"LEASE must exceed DELIVERY_TIMEOUT by {MARGIN} s or more, or deliveries would be made twice")
+    return found
 
 
 def _database_url(text: str) -> str:
@@ -74,6 +97,30 @@ def _size(name: str, text: str) -> int:
     if match is None or int(match[1]) == 0:
         raise BadSetting(f"{name} must be a size like 256KiB or 1MiB, not {text!r}")
     return int(match[1]) * SIZES[match[2]]
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(part) for part in re.split(r"[\s,]+", text) if part)
+    except ValueError as exc:
+        raise BadSetting(f"ALLOWED_NETWORKS must be networks like 192.168.0.0/16, separated by commas: {exc}") from exc
+
+
+def _count(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 10_000):
+        raise BadSetting(f"{name} must be a number from 1 to 10000, not {text!r}")
+    return int(text)
+
+
+def _duration(name: str, text: str) -> float:
+    match = re.fullmatch(r"(\d{1,9})(ms|s|m|h|d)", text)
+    if match is None or int(match[1]) == 0:
+        raise BadSetting(f"{name} must be a duration like 500ms, 5s, 2m, 5h or 30d, not {text!r}")
+    return int(match[1]) * DURATIONS[match[2]]
+
+
+def _schedule(text: str) -> tuple[float, ...]:
+    return tuple(_duration("RETRY_SCHEDULE", part) for part in re.split(r"[\s,]+", text))
 
 
 def _one_of(name: str, text: str, choices: tuple[str, ...]) -> str:

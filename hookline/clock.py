@@ -8,3 +8,8 @@ from datetime import UTC, datetime
 def now() -> datetime:
     """The present moment, in UTC."""
     return datetime.now(UTC)
+
+
+def legacy_time(moment: datetime | None) -> str | None:
+    """As the replaced service's `datetime.utcnow().isoformat()` wrote it: no zone, no fraction when it is zero."""
+    return moment.replace(tzinfo=None).isoformat() if moment else None

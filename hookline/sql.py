@@ -10,18 +10,54 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peewee import Database
+from peewee import Database, PostgresqlDatabase
 
 
-def rows(db: Database, *columns: str) -> str:
+def is_postgres(db: Database) -> bool:
+    return isinstance(db, PostgresqlDatabase)
+
+
+def rows(db: Database, *columns: str, alias: str = "given") -> str:
     """A FROM item with these columns, whose rows are the array of arrays in one parameter (see `parameter`).
 
-    Its alias is `given`.
+    A column is its name, with its type behind a space unless that is text: `"place integer"`.
     """
-    fields = [f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(columns)]
-    return f"(SELECT {', '.join(fields)} FROM json_each({db.param})) AS given"
+    names = [column.partition(" ")[0] for column in columns]
+    if is_postgres(db):
+        kinds = [column.partition(" ")[2] or "text" for column in columns]
+        fields = [
+            f"(value ->> {place})::{kind} AS {name}"
+            for place, (name, kind) in enumerate(zip(names, kinds, strict=True))
+        ]
+        return f"(SELECT {', '.join(fields)} FROM json_array_elements({db.param}::json)) AS {alias}"
+    fields = [f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(names)]
+    return f"(SELECT {', '.join(fields)} FROM json_each({db.param})) AS {alias}"
 
 
 def parameter(values: Iterable[Sequence[Any]]) -> str:
     """Rows of plain values as the parameter that `rows` reads."""
     return json.dumps(list(values), ensure_ascii=False, separators=(",", ":"))
+
+
+def ids(values: Iterable[Any]) -> str:
+    """The parameter for `rows` with a single column."""
+    return parameter([value] for value in values)
+
+
+def moment(db: Database) -> str:
+    """A parameter that is a time."""
+    return f"{db.param}::timestamptz" if is_postgres(db) else db.param
+
+
+def later(db: Database, first: str, second: str) -> str:
+    """The greater of two values; a null first one is none."""
+    return f"greatest({first}, {second})" if is_postgres(db) else f"max(coalesce({first}, {second}), {second})"
+
+
+def sooner(db: Database, first: str, second: str) -> str:
+    return f"least({first}, {second})" if is_postgres(db) else f"min({first}, {second})"
+
+
+def skip_locked(db: Database, table: str) -> str:
+    """Leave to others the rows that they hold. SQLite has one writer, so there are none."""
+    return f" FOR UPDATE OF {table} SKIP LOCKED" if is_postgres(db) else ""

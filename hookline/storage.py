@@ -171,11 +171,11 @@ class Storage:
 
         Raises Unavailable if the database cannot be read.
         """
-        return self._read(fn, *args)
+        return self.read_now(fn, *args)
 
     async def scan(self, fn: Callable[..., T], *args: Any) -> T:
         """`fn(*args)` in a worker thread, for what may take long. Raises Unavailable."""
-        return await anyio.to_thread.run_sync(self._read, fn, *args)
+        return await anyio.to_thread.run_sync(self.read_now, fn, *args)
 
     async def write(self, fn: Callable[..., T], *args: Any) -> T:
         """`fn(*args)` in the next group of writes; returns when the group's commit is durable.
@@ -210,7 +210,8 @@ class Storage:
             self._jobs.put(self._waiting)
             self._waiting = []
 
-    def _read(self, fn: Callable[..., T], *args: Any) -> T:
+    def read_now(self, fn: Callable[..., T], *args: Any) -> T:
+        """`fn(*args)` on this thread. Raises Unavailable."""
         with connected(self.db):
             return fn(*args)
 

@@ -22,7 +22,7 @@ from hookline import clock
 from hookline.errors import Invalid
 from hookline.files import back_up, replace_file
 from hookline.storage import connected, transaction
-from hookline.webhooks import check_text, legacy_time
+from hookline.webhooks import check_text
 from models import read_time, stored_time
 
 FIELDS = [
@@ -378,7 +378,7 @@ def batches(rows: list[Row]) -> Iterator[list[Row]]:
 def exported(row: Row) -> dict[str, Any]:
     entry = {name: row[name] for name in FIELDS}
     for name in TIMES:
-        entry[name] = legacy_time(read_time(entry[name]))
+        entry[name] = clock.legacy_time(read_time(entry[name]))
     return {**entry, "events": json.loads(row["events"]), "enabled": bool(row["enabled"])}
 
 

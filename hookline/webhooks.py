@@ -344,16 +344,11 @@ def legacy(webhook: Mapping[str, Any]) -> dict[str, Any]:
         "events": webhook["events"],
         "secret": MASK,
         "team": webhook["team"],
-        "created_at": legacy_time(webhook["created_at"]),
+        "created_at": clock.legacy_time(webhook["created_at"]),
         "total_calls": webhook["total_calls"],
         "failed_calls": webhook["failed_calls"],
-        "last_success": legacy_time(webhook["last_success"]),
-        "last_failure": legacy_time(webhook["last_failure"]),
+        "last_success": clock.legacy_time(webhook["last_success"]),
+        "last_failure": clock.legacy_time(webhook["last_failure"]),
         "enabled": webhook["enabled"],
         "id": webhook["webhook_id"],
     }
-
-
-def legacy_time(moment: datetime | None) -> str | None:
-    """As `datetime.utcnow().isoformat()` wrote it: no zone, no fraction when it is zero."""
-    return moment.replace(tzinfo=None).isoformat() if moment else None

@@ -21,6 +21,9 @@ from tests.conftest import DATA, ROOT, environment, manage
 LEGACY = (
     "webhook_id, url, events, secret, team, created_at, total_calls, failed_calls, last_success, last_failure, enabled"
 )
+NAMES = sorted(path.stem for path in (ROOT / "migrations").glob("0*.py"))
+APPLIED = "".join(f"applied {name}\n" for name in NAMES)
+REVERTED = "".join(f"reverted {name}\n" for name in reversed(NAMES))
 REBUILD = """
 from peewee import IntegerField
 
@@ -66,12 +69,13 @@ def test_the_commands_tell_what_they_did(tmp_path: Path) -> None:
     database = tmp_path / "webhooks.db"
     assert "0001_webhooks  pending" in manage(database, "migrate", "status").stdout
     assert manage(database, "migrate", "diff").returncode == 1
-    assert manage(database, "migrate", "up").stdout == "applied 0001_webhooks\n"
+    assert manage(database, "migrate", "up").stdout == APPLIED
     assert manage(database, "migrate", "up").stdout == "nothing to apply\n"
     assert "0001_webhooks  applied 2" in manage(database, "migrate", "status").stdout
     agreed = manage(database, "migrate", "diff")
     assert (agreed.returncode, agreed.stdout) == (0, "the database matches the models\n")
-    assert manage(database, "migrate", "down").stdout == "reverted 0001_webhooks\n"
+    assert manage(database, "migrate", "down").stdout == f"reverted {NAMES[-1]}\n"
+    assert manage(database, "migrate", "down", "0001_webhooks").stdout == REVERTED.partition("\n")[2]
     assert manage(database, "migrate", "down").stdout == "nothing to revert\n"
     wrong = manage(database, "migrate", "up", "0009_nothing")
     assert wrong.returncode == 1
@@ -80,7 +84,7 @@ def test_the_commands_tell_what_they_did(tmp_path: Path) -> None:
 
 
 def test_create_writes_the_next_number(db: Database, tmp_path: Path) -> None:
-    assert schema.create(db, "add colour", scripts(tmp_path)).name == "0002_add_colour.py"
+    assert schema.create(db, "add colour", scripts(tmp_path)).name == f"{len(NAMES) + 1:04}_add_colour.py"
 
 
 def test_the_replaced_services_file_is_adopted_with_all_its_rows(adopted: Path) -> None:
@@ -109,7 +113,7 @@ def test_up_down_up_keeps_the_rows_and_down_gives_the_old_table_back(adopted: Pa
     before, shape = rows(adopted, select), rows(adopted, columns)
     manage(adopted, "migrate", "up")
     first = rows(adopted, "SELECT * FROM webhooks ORDER BY webhook_id")
-    manage(adopted, "migrate", "down")
+    assert manage(adopted, "migrate", "down", "0001_webhooks").stdout == REVERTED
     assert rows(adopted, select) == before
     assert rows(adopted, columns) == shape
     assert rows(adopted, "SELECT name FROM sqlite_master WHERE name = 'ix_webhooks_team'")
@@ -144,18 +148,18 @@ def test_a_migration_that_fails_half_way_leaves_the_database_as_it_was(db: Datab
     half += "    db.execute_sql('DELETE FROM subscriptions')\n    raise RuntimeError('half way')\n"
     before = dump(Path(db.database))
     with pytest.raises(Invalid, match="half way"):
-        schema.up(db, directory=scripts(tmp_path, m0002_half=half))
+        schema.up(db, directory=scripts(tmp_path, m0009_half=half))
     assert dump(Path(db.database)) == before
 
 
 def test_a_rebuild_of_the_table_keeps_what_hangs_on_it(adopted: Path, tmp_path: Path) -> None:
-    directory = scripts(tmp_path, m0002_weight=REBUILD)
+    directory = scripts(tmp_path, m0009_weight=REBUILD)
     db = open_database(f"sqlite:///{adopted}")
-    assert schema.up(db, directory=directory) == ["0001_webhooks", "0002_weight"]
+    assert schema.up(db, directory=directory) == [*NAMES, "0009_weight"]
     assert rows(adopted, "SELECT count(*), sum(weight) FROM webhooks") == [(26, 182)]
     filled = rows(adopted, "SELECT count(*) FROM subscriptions")
     assert filled > [(26,)]
-    assert schema.down(db, directory=directory) == ["0002_weight"]
+    assert schema.down(db, directory=directory) == ["0009_weight"]
     assert rows(adopted, "SELECT count(*) FROM subscriptions") == filled
     assert schema.diff(db) == ""
     db.close_all()  # type: ignore[attr-defined]
@@ -164,14 +168,14 @@ def test_a_rebuild_of_the_table_keeps_what_hangs_on_it(adopted: Path, tmp_path: 
 def test_rows_that_point_nowhere_are_reported(db: Database, tmp_path: Path) -> None:
     orphan = "def up(migrator, db):\n    db.execute_sql(\"INSERT INTO subscriptions VALUES ('a', '', 'gone')\")\n"
     with pytest.raises(Invalid, match="subscriptions"):
-        schema.up(db, directory=scripts(tmp_path, m0002_orphan=orphan))
+        schema.up(db, directory=scripts(tmp_path, m0009_orphan=orphan))
 
 
 def test_two_migrations_at_once_both_succeed(adopted: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: manage(adopted, "migrate", "up"), range(4)))
     assert [one.returncode for one in done] == [0] * 4
-    assert sorted(one.stdout for one in done) == ["applied 0001_webhooks\n", *["nothing to apply\n"] * 3]
+    assert sorted(one.stdout for one in done) == [APPLIED, *["nothing to apply\n"] * 3]
 
 
 def test_the_application_refuses_to_start_while_migrations_are_pending(adopted: Path) -> None:

@@ -34,7 +34,7 @@ def test_no_request_fails_while_a_migration_and_an_import_run_beside_them(tmp_pa
     entry = {"url": "http://example.com/", "events": ["a"], "secret": SECRET, "team": "ne"}
     file.write_text(json.dumps({f"imported-{n}": entry for n in range(IMPORTED)}))
     directory = Path(shutil.copytree(ROOT / "migrations", tmp_path / "migrations"))
-    (directory / "0002_rebuild.py").write_text(REBUILD)
+    (directory / "0009_rebuild.py").write_text(REBUILD)
 
     with running(database) as server:
         done, registered = threading.Event(), list[str]()
@@ -55,7 +55,7 @@ def test_no_request_fails_while_a_migration_and_an_import_run_beside_them(tmp_pa
         assert imported.stdout.endswith(f"imported: {IMPORTED} new, 0 updated, 0 unchanged, 0 invalid\n"), (
             imported.stderr
         )
-        assert migrated.stdout == "['0002_rebuild']\n", migrated.stderr
+        assert migrated.stdout == "['0009_rebuild']\n", migrated.stderr
         listed = server.client.get("/api/v1/webhooks/list").json()["webhooks"]
         assert len(listed) == 26 + IMPORTED + len(registered)
         assert set(registered) <= {webhook["id"] for webhook in listed}

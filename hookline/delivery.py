@@ -1,0 +1,230 @@
+"""The worker: takes what is due, sends it, and settles it.
+
+    published here  → leased to us → sent at once ─┐
+    due in a lane   → claimed      → sent ─────────┴→ settled, in batches, by the group commit
+
+Every delivery comes from a committed row, and every settlement names the state that it leaves. If a worker dies its
+leases run out and the sweep opens their lanes: delivery is at least once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+
+from peewee import Database
+
+from hookline import clock, events, lanes, policy, signing
+from hookline.egress import Client
+from hookline.errors import Unavailable
+from hookline.lanes import Job, Settled
+from hookline.policy import Rules
+from hookline.storage import Storage
+from models import read_time, stored_time
+
+log = logging.getLogger("hookline")
+
+POLL = 0.5  # seconds between looks for what other processes queued
+MARGIN = 1.0  # seconds of a lease that are left for settling
+RETRY_SETTLING = 1.0  # seconds, while the database cannot take it
+JUMP = 1.0  # seconds that the clock may go back before we call it a jump
+
+
+class Worker:
+    """Delivers what is in one database. Any number of them may, in any number of processes."""
+
+    def __init__(self, storage: Storage, client: Client, rules: Rules, max_payload: int = 256 * 1024) -> None:
+        self.storage, self.client, self.rules = storage, client, rules
+        self.max_payload = max_payload
+        self.beat = time.monotonic()  # when the loop last went round
+        self._jobs: dict[int, asyncio.Task[None]] = {}
+        self._of_webhook: Counter[str] = Counter()  # jobs in flight
+        self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
+        self._backlog = False  # is more due than we had slots for?
+        self._stopping = False
+
+    @property
+    def db(self) -> Database:
+        return self.storage.db
+
+    async def start(self) -> None:
+        """Begin, on the running event loop. The storage must have been started."""
+        self._loop = asyncio.get_running_loop()
+        self._awake = asyncio.Event()
+        await self.client.start()
+        outlet = events.Outlet(self.max_payload, self.rules.lease, self.slots, self.wake)
+        events.attach(self.db, outlet)
+        self._running = self._loop.create_task(self._run())
+
+    async def stop(self, grace: float = 5) -> None:
+        """Claim nothing more, give what is in flight `grace` seconds, and release the rest for other workers."""
+        self._stopping = True
+        events.attach(self.db, events.Outlet(self.max_payload, self.rules.lease))
+        self._awake.set()
+        await self._running
+        if self._jobs:
+            await asyncio.wait(self._jobs.values(), timeout=grace)
+        left = dict(self._jobs)
+        for task in left.values():
+            task.cancel()
+        await asyncio.gather(*left.values(), return_exceptions=True)
+        if left:
+            await self.storage.write(lanes.release, self.db, list(left))
+        await self.client.close()
+
+    def slots(self) -> events.Slots:
+        """What we can take now. Asked by whoever publishes, in any thread."""
+        return events.Slots(self._free, self.rules.share, self._busy)
+
+    def wake(self, leased: Sequence[int], until: str) -> None:
+        """Called after the commit of a publish, in any thread."""
+        self._coming += len(leased)
+        self._loop.call_soon_threadsafe(self._take, leased, until)
+
+    @property
+    def _free(self) -> int:
+        return 0 if self._stopping else max(self.rules.concurrency - len(self._jobs) - self._coming, 0)
+
+    @property
+    def _busy(self) -> list[str]:
+        """The webhooks that have half of our slots."""
+        if len(self._jobs) < self.rules.share:
+            return []
+        return [webhook_id for webhook_id, jobs in list(self._of_webhook.items()) if jobs >= self.rules.share]
+
+    def _take(self, leased: Sequence[int], until: str) -> None:
+        self._coming -= len(leased)
+        if not leased:
+            self._awake.set()
+            return
+        try:
+            jobs = self.storage.read_now(lanes.load, self.db, [(one, until) for one in leased])
+        except Unavailable as exc:
+            log.error("deliveries wait for their lease to run out: %s", exc)
+            return
+        for job in jobs:
+            self._begin(job)
+
+    async def _run(self) -> None:
+        swept = rewound = 0.0
+        offset = time.time() - time.monotonic()
+        while not self._stopping:
+            self.beat = now = time.monotonic()
+            try:
+                rewound = time.time() - now - offset
+                offset = time.time() - now
+                if rewound < -JUMP:
+                    log.warning("the clock went back by %.0f s", -rewound)
+                    await self.storage.write(lanes.rewind, self.db, self.rules.lease)
+                if now - swept >= self.rules.lease / 2 or swept == 0:
+                    swept = now
+                    await self.storage.write(lanes.sweep, self.db)
+                wait = await self._step()
+            except Unavailable as exc:
+                log.error("cannot look for deliveries: %s", exc)
+                wait = POLL
+            if wait:
+                await self._sleep(wait)
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._awake.wait()
+        except TimeoutError:
+            pass
+        self._awake.clear()
+
+    async def _step(self) -> float:
+        """Claim and begin what is due, as far as there are slots; returns how many seconds to wait for more."""
+        free = self._free
+        if not free:
+            self._backlog = True
+            return POLL
+        busy = self._busy
+        due = await self.storage.read(lanes.next_due, self.db, busy)
+        now = clock.now()
+        self._backlog = due is not None and due <= now
+        if due is None or due > now:
+            return POLL if due is None else min(POLL, (due - now).total_seconds())
+        jobs = await self.storage.write(lanes.claim, self.db, self.rules, free, dict(self._of_webhook), busy)
+        for job in jobs:
+            self._begin(job)
+        return 0
+
+    def _begin(self, job: Job) -> None:
+        if job.delivery_id in self._jobs:  # a lease that ran out on us: the one in flight goes on
+            return
+        self._of_webhook[job.webhook_id] += 1
+        self._jobs[job.delivery_id] = self._loop.create_task(self._deliver(job))
+
+    async def _deliver(self, job: Job) -> None:
+        """One attempt, up to its settlement. If this fails the lease runs out and the delivery is made again."""
+        begun = time.monotonic()
+        try:
+            if begun - job.claimed_at > self.rules.lease - self.rules.timeout - MARGIN:
+                return  # too late for us: whoever finds the lease run out sends it
+            body = job.payload.encode()
+            result = await self.client.post(job.url, body, self._headers(job, body))
+            await self._settle(job, result)
+        except Exception:
+            log.exception("delivery %s waits for its lease to run out", job.delivery_id)
+        finally:
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        del self._jobs[job.delivery_id]
+        self._of_webhook[job.webhook_id] -= 1
+        if not self._of_webhook[job.webhook_id]:
+            del self._of_webhook[job.webhook_id]
+        if self._backlog or job.exclusive:
+            self._awake.set()
+
+    def _headers(self, job: Job, body: bytes) -> dict[str, str]:
+        now = clock.now()
+        secrets = [job.secret]
+        if job.previous_secret and (expires := read_time(job.previous_secret_expires_at)) and expires > now:
+            secrets.append(job.previous_secret)
+        signed = signing.headers(
+            secrets,
+            webhook_id=job.webhook_id,
+            event_id=job.event_id,
+            event_type=job.event_type,
+            event_time=clock.legacy_time(read_time(job.event_created_at)) or "",
+            timestamp=int(now.timestamp()),
+            body=body,
+        )
+        return job.own_headers() | signed if job.headers else signed
+
+    async def _settle(self, job: Job, result: policy.Result) -> None:
+        settlement = policy.settle(
+            result,
+            attempts=job.attempts + 1 - job.attempts_before,
+            failures=job.failures,
+            schedule=job.own_schedule() or self.rules.retry_schedule,
+            now=clock.now(),
+        )
+        while True:
+            try:
+                await self.storage.write_together(self._settle_all, Settled(job, result, settlement))
+                return
+            except Unavailable as exc:  # sent, but not recorded: try as long as it is ours
+                if self._stopping or time.monotonic() - job.claimed_at > self.rules.lease:
+                    log.error("the result of delivery %s is lost, it will be made again: %s", job.delivery_id, exc)
+                    return
+                await asyncio.sleep(RETRY_SETTLING)
+
+    def _settle_all(self, settled: list[Settled]) -> list[None]:
+        cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
+        lanes.settle(self.db, settled, cutoff)
+        return [None] * len(settled)
+
+
+def ready(worker: Worker | None) -> str | None:
+    """What is wrong with this process's worker, None if it beats."""
+    if worker is None or time.monotonic() - worker.beat < 30:
+        return None
+    return "the delivery worker has not looked for work for 30 s"

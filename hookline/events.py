@@ -1,0 +1,267 @@
+"""Publishing: an event and a delivery to every matching webhook, in one transaction.
+
+A delivery is born leased where this process has a free slot for it, and is sent right after the commit; else it waits
+in its webhook's lane. Only committed rows are ever sent: what wakes the worker are ids, which it reads again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from peewee import Database
+from uuid_utils import uuid7
+
+import models
+from hookline import clock, sql
+from hookline.errors import Conflict, Invalid, TooLarge
+from hookline.storage import transaction
+from models import IN_ORDER, read_time, stored_time
+
+EVENT_TYPE = re.compile(r"[!-~]([ -~]{0,198}[!-~])?")
+TEAM_FIELDS = ("home_team", "away_team", "team")
+MAX_KEY = 255  # characters of an idempotency key
+TEST_EVENT = "webhook.test"
+
+
+class Slots(NamedTuple):
+    """What the worker of this process can take now: deliveries in all, of one webhook, and which ones have enough."""
+
+    free: int = 0
+    share: int = 0
+    busy: Sequence[str] = ()
+
+
+@dataclass
+class Outlet:
+    """How publishing reaches the worker of this process, and what it may take. Set at assembly."""
+
+    max_payload: int = 256 * 1024  # bytes
+    lease: float = 60  # seconds
+    slots: Callable[[], Slots] = Slots
+    wake: Callable[[Sequence[int], str], None] = lambda leased, until: None  # ids leased to this process, until when
+
+
+_outlets: WeakKeyDictionary[Database, Outlet] = WeakKeyDictionary()
+
+
+def attach(db: Database, outlet: Outlet) -> None:
+    """From now on publishing on this database goes through this outlet."""
+    _outlets[db] = outlet
+
+
+def outlet_of(db: Database) -> Outlet:
+    return _outlets.get(db) or Outlet()
+
+
+class NewEvent(NamedTuple):
+    """What publishing takes. `only`: for this webhook, whatever it has subscribed to."""
+
+    event_type: str
+    data: Mapping[str, Any]
+    idempotency_key: str | None = None
+    only: str | None = None
+
+
+class Published(NamedTuple):
+    """What publishing gives. It may be awaited, because the replaced manager's `send_event` was a coroutine."""
+
+    event_id: str
+    event_type: str
+    deliveries: int
+    duplicate: bool
+
+    def __await__(self) -> Generator[Any, None, Published]:
+        return self
+        yield
+
+
+Wanted = tuple[int, str, str, str]  # place, event_id, event_type, team
+Inserted = tuple[int, str, bool]  # delivery_id, event_id, leased
+
+
+class Draft(NamedTuple):
+    """A checked event."""
+
+    event_id: str
+    new: NewEvent
+    payload: str
+
+
+def publish(event_type: str, data: Mapping[str, Any], idempotency_key: str | None = None) -> Published:
+    """Store an event and its deliveries, on the bound database.
+
+    Inside the caller's own `with db.atomic():` the event commits or vanishes with the caller's rows. Raises Invalid,
+    TooLarge, Conflict (the key was used with other content), Unavailable.
+    """
+    return publish_one(models.db.obj, NewEvent(event_type, data, idempotency_key))
+
+
+def publish_one(db: Database, new: NewEvent) -> Published:
+    published = publish_all(db, [new])[0]
+    if isinstance(published, Exception):
+        raise published
+    return published
+
+
+def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Exception]:
+    """Store these events and their deliveries; for each, in order, what was stored or why nothing of it was.
+
+    Raises Unavailable: then nothing was stored.
+    """
+    now = clock.now()
+    outlet = outlet_of(db)
+    answers: list[Published | Exception | None] = []
+    drafts: dict[int, Draft] = {}
+    for place, new in enumerate(events):
+        try:
+            drafts[place] = Draft(f"evt_{uuid7()}", new, payload_of(new, clock.legacy_time(now), outlet.max_payload))
+            answers.append(None)
+        except (Invalid, TooLarge) as exc:
+            answers.append(exc)
+    with transaction(db):
+        stored = _insert_events(db, list(drafts.values()), stored_time(now))
+        fresh = [draft for draft in drafts.values() if draft.event_id in stored]
+        counts = _fan_out(db, fresh, outlet, now)
+        for place, draft in drafts.items():
+            if draft.event_id in stored:
+                count = counts[draft.event_id]
+                answers[place] = Published(draft.event_id, draft.new.event_type, count, duplicate=False)
+            else:
+                answers[place] = _first_answer(db, draft)
+    return [answer for answer in answers if answer is not None]
+
+
+def payload_of(new: NewEvent, timestamp: str | None, limit: int) -> str:
+    """The body: the data, then `event_type` and `timestamp`, as compact ASCII JSON. Raises Invalid, TooLarge."""
+    if not isinstance(new.event_type, str) or not EVENT_TYPE.fullmatch(new.event_type) or new.event_type == "*":
+        raise Invalid("event_type must be 1 to 200 printable ASCII characters, and not *")
+    key = new.idempotency_key
+    if key is not None and not (1 <= len(key) <= MAX_KEY and key.isprintable() and key.isascii()):
+        raise Invalid(f"idempotency_key must be 1 to {MAX_KEY} printable ASCII characters")
+    if not isinstance(new.data, Mapping) or not all(isinstance(name, str) for name in new.data):
+        raise Invalid("data must be an object")
+    body = {**new.data, "event_type": new.event_type, "timestamp": timestamp}
+    try:
+        payload = json.dumps(body, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise Invalid(f"data is not JSON: {exc}") from exc
+    if len(payload) > limit:
+        raise TooLarge(f"the payload has {len(payload)} bytes, more than MAX_PAYLOAD, {limit}")
+    return payload
+
+
+def teams_of(data: Mapping[str, Any]) -> list[str]:
+    """The teams that an event is about; '' stands for the webhooks of no team."""
+    return ["", *{team: None for name in TEAM_FIELDS if isinstance(team := data.get(name), str) and team}]
+
+
+def _insert_events(db: Database, drafts: Sequence[Draft], now: str) -> set[str]:
+    """Store the events whose idempotency key is new; returns their ids."""
+    if not drafts:
+        return set()
+    columns = ("event_id", "event_type", "payload", "idempotency_key")
+    keyed = any(draft.new.idempotency_key is not None for draft in drafts)
+    insert = (
+        f"INSERT INTO events ({', '.join(columns)}, created_at) "
+        f"SELECT {', '.join(columns)}, {sql.moment(db)} FROM {sql.rows(db, *columns)} WHERE TRUE"
+    )
+    rows = sql.parameter((event_id, new.event_type, payload, new.idempotency_key) for event_id, new, payload in drafts)
+    if not keyed:
+        db.execute_sql(insert, (now, rows))
+        return {draft.event_id for draft in drafts}
+    cursor = db.execute_sql(insert + " ON CONFLICT (idempotency_key) DO NOTHING RETURNING event_id", (now, rows))
+    return {event_id for (event_id,) in cursor.fetchall()}
+
+
+def _first_answer(db: Database, draft: Draft) -> Published | Exception:
+    """The answer to an idempotency key that was used before: the first one again, or a conflict."""
+    key = draft.new.idempotency_key
+    found = "SELECT event_id, event_type, payload, created_at FROM events WHERE idempotency_key = "
+    event_id, event_type, payload, created_at = db.execute_sql(found + db.param, (key,)).fetchone()
+    again = payload_of(draft.new, clock.legacy_time(read_time(created_at)), 2**31)
+    if (event_type, payload) != (draft.new.event_type, again):
+        return Conflict("this idempotency key was used before, with other content")
+    counted = f"SELECT count(*) FROM deliveries WHERE event_id = {db.param}"
+    return Published(event_id, event_type, int(db.execute_sql(counted, (event_id,)).fetchone()[0]), duplicate=True)
+
+
+def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetime) -> Counter[str]:
+    """Insert the deliveries of new events; how many each has."""
+    wanted = [
+        (place, draft.event_id, event_type, team)
+        for place, draft in enumerate(drafts)
+        if draft.new.only is None
+        for event_type in (draft.new.event_type, "*")
+        for team in teams_of(draft.new.data)
+    ]
+    at, lost = stored_time(now), stored_time(now + timedelta(seconds=outlet.lease))
+    rows = _insert_matching(db, wanted, outlet.slots(), at, lost) if wanted else []
+    for draft in drafts:
+        if draft.new.only is not None:
+            rows += _insert_one(db, draft.event_id, draft.new.only, at)
+    leased = [delivery_id for delivery_id, _, is_leased in rows if is_leased]
+    if len(leased) < len(rows):
+        queue(db, "event_id IN (SELECT id FROM {given}) AND NOT leased", sql.ids(draft.event_id for draft in drafts))
+    if rows:
+        db.after_commit(lambda: outlet.wake(leased, lost))
+    return Counter(event_id for _, event_id, _ in rows)
+
+
+def _insert_matching(db: Database, wanted: Sequence[Wanted], slots: Slots, at: str, lost: str) -> list[Inserted]:
+    """One statement for all: a seek in `subscriptions` for each type and team, whatever its size."""
+    moment = sql.moment(db)
+    statement = f"""
+        INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
+        SELECT webhook_id, event_id, leased,
+               CASE WHEN leased THEN {moment} WHEN in_order THEN {moment} ELSE {moment} END, {moment}
+        FROM (
+            SELECT webhook_id, event_id, place, in_order, ordinary
+                   AND row_number() OVER (ORDER BY place, webhook_id) <= {db.param}
+                   AND row_number() OVER (PARTITION BY webhook_id ORDER BY place) <= {db.param} AS leased
+            FROM (
+                SELECT DISTINCT given.place, given.event_id, s.webhook_id, coalesce(w.ordered, FALSE) AS in_order,
+                       w.rate_limit IS NULL AND w.ordered IS NOT TRUE AND NOT EXISTS (
+                           SELECT 1 FROM lanes l WHERE l.webhook_id = w.webhook_id
+                           AND (l.failures > 0 OR l.due_at <= {moment} OR l.open_at > {moment})
+                       ) AND w.webhook_id NOT IN (SELECT id FROM {sql.rows(db, "id", alias="busy")}) AS ordinary
+                FROM {sql.rows(db, "place integer", "event_id", "event_type", "team")}
+                CROSS JOIN subscriptions s CROSS JOIN webhooks w
+                WHERE s.event_type = given.event_type AND s.team = given.team
+                      AND w.webhook_id = s.webhook_id AND w.enabled
+            ) AS matched
+        ) AS placed
+        ORDER BY place
+        RETURNING delivery_id, event_id, leased"""
+    parameters = (lost, IN_ORDER, at, at, slots.free, slots.share, at, at, sql.ids(slots.busy), sql.parameter(wanted))
+    return list(db.execute_sql(statement, parameters).fetchall())
+
+
+def _insert_one(db: Database, event_id: str, webhook_id: str, at: str) -> list[Inserted]:
+    columns = "webhook_id, event_id, leased, next_attempt_at, created_at"
+    values = f"{db.param}, {db.param}, FALSE, {sql.moment(db)}, {sql.moment(db)}"
+    insert = f"INSERT INTO deliveries ({columns}) VALUES ({values}) RETURNING delivery_id, event_id, leased"
+    return list(db.execute_sql(insert, (webhook_id, event_id, at, at)).fetchall())
+
+
+def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False) -> None:
+    """Make the lanes due of the webhooks whose deliveries meet the condition, but no lane before it opens.
+
+    `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter. With `open_now` a lane
+    that rests is opened.
+    """
+    moment = sql.moment(db)
+    due = sql.later(db, "lanes.open_at", sql.sooner(db, "lanes.due_at", "excluded.due_at"))
+    change = "due_at = excluded.due_at, open_at = NULL" if open_now else f"due_at = {due}"
+    where = condition.format(given=sql.rows(db, "id"))
+    statement = (
+        f"INSERT INTO lanes (webhook_id, due_at, failures) SELECT DISTINCT webhook_id, {moment}, 0 FROM deliveries "
+        f"WHERE {where} ON CONFLICT (webhook_id) DO UPDATE SET {change}"
+    )
+    db.execute_sql(statement, (stored_time(clock.now()), *parameters))

@@ -1,0 +1,109 @@
+"""What follows from an attempt: pure functions of what the endpoint did, the schedule and the time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+from typing import NamedTuple
+
+JITTER = 0.1  # of a step of the schedule, either way
+LANE_BACKOFF = 5.0  # seconds after the first failure of an endpoint, doubled for each more in a row
+MAX_LANE_BACKOFF = 300.0  # seconds
+MAX_RETRY_AFTER = 24 * 3600.0  # seconds that an endpoint may ask us to wait
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the operator chose. Seconds."""
+
+    retry_schedule: tuple[float, ...] = (5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
+    disable_after: float = 5 * 86400
+    lease: float = 60
+    timeout: float = 15
+    concurrency: int = 256  # requests in flight
+
+    @property
+    def share(self) -> int:
+        """How many of them one webhook may have."""
+        return max(self.concurrency // 2, 1)
+
+
+class Result(NamedTuple):
+    """What came of one attempt: an answer with a `status_code`, or an `error` without one."""
+
+    started_at: datetime
+    duration_ms: int
+    status_code: int | None = None
+    error: str | None = None
+    response: str | None = None
+    retry_after: float | None = None  # seconds
+
+
+class Outcome(Enum):
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"  # may be tried again
+    GONE = "gone"  # the endpoint says that it is no more
+
+
+class Settlement(NamedTuple):
+    """Where an attempt leaves its delivery and its lane."""
+
+    outcome: Outcome
+    status: str  # of the delivery
+    next_attempt_at: datetime | None
+    lane_opens_at: datetime | None  # None: at once
+
+
+def outcome_of(result: Result) -> Outcome:
+    """2xx succeeds, 410 is gone, and all else, redirects included, is a failure."""
+    if result.status_code is not None and 200 <= result.status_code < 300 and result.error is None:
+        return Outcome.SUCCEEDED
+    return Outcome.GONE if result.status_code == 410 else Outcome.FAILED
+
+
+def settle(
+    result: Result,
+    *,
+    attempts: int,
+    failures: int,
+    schedule: Sequence[float],
+    now: datetime,
+    spread: float | None = None,
+) -> Settlement:
+    """Decide after attempt number `attempts` of a delivery (from 1), which has `len(schedule)` retries.
+
+    `failures`: how many attempts in a row the endpoint had failed before. `spread` in -1..1 sets the jitter, else it
+    is random.
+    """
+    outcome = outcome_of(result)
+    if outcome is Outcome.SUCCEEDED:
+        return Settlement(outcome, "succeeded", None, None)
+    asked = min(result.retry_after, MAX_RETRY_AFTER) if result.retry_after else 0.0
+    opens = now + timedelta(seconds=max(asked, lane_backoff(failures + 1)))
+    if outcome is Outcome.GONE or attempts > len(schedule):
+        return Settlement(outcome, "failed", None, opens)
+    jitter = random.uniform(-1, 1) if spread is None else spread
+    wait = max(schedule[attempts - 1] * (1 + JITTER * jitter), asked)
+    again = now + timedelta(seconds=wait)
+    return Settlement(outcome, "pending", again, min(opens, again) if not asked else opens)
+
+
+def lane_backoff(failures: int) -> float:
+    """Seconds that a lane rests after this many failures in a row."""
+    return min(LANE_BACKOFF * 2.0 ** min(failures - 1, 16), MAX_LANE_BACKOFF)
+
+
+def lane_budget(failures: int, ordered: bool, rate_limit: float | None, free: int) -> int:
+    """How many deliveries a lane may send at once: half of the free slots; one while it fails or keeps order."""
+    if failures or ordered:
+        return 1
+    share = max(free // 2, 1)
+    return min(share, burst(rate_limit)) if rate_limit else share
+
+
+def burst(rate_limit: float) -> int:
+    """How many deliveries a rate-limited lane sends before it rests: a tenth of a second's worth."""
+    return max(1, round(rate_limit / 10))

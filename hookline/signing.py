@@ -1,0 +1,130 @@
+"""How a delivery is signed, in two schemes side by side, and why a signature does not hold.
+
+legacy               `X-Webhook-Signature`: hex HMAC-SHA256 of the body under the secret's UTF-8 bytes
+Standard Webhooks    `webhook-signature`: `v1,` + base64 HMAC-SHA256 of `id.timestamp.body`
+                     (https://github.com/standard-webhooks/standard-webhooks, version 1.0.0)
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+
+PREFIX = "whsec_"
+OTHER_SECRET = "it was signed with another secret, or the body, the id or the timestamp was changed"
+TOLERANCE = 300  # seconds that a receiver's clock and ours may differ
+AGENT = "Hookline"
+
+
+@lru_cache(maxsize=10_000)
+def key_of(secret: str) -> bytes:
+    """The key of the Standard Webhooks scheme: the decoded rest of a `whsec_` secret, else the secret's own bytes."""
+    if not secret.startswith(PREFIX):
+        return secret.encode()
+    encoded = secret.removeprefix(PREFIX)
+    try:
+        return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error:
+        return secret.encode()  # imported as it was: the replaced service took anything
+
+
+def legacy_signature(secret: str, body: bytes) -> str:
+    return hmac.digest(secret.encode(), body, "sha256").hex()
+
+
+def standard_signature(secret: str, event_id: str, timestamp: int, body: bytes) -> str:
+    signed = b"%s.%d.%s" % (event_id.encode(), timestamp, body)
+    return "v1," + base64.b64encode(hmac.digest(key_of(secret), signed, "sha256")).decode()
+
+
+def headers(
+    secrets: Sequence[str],
+    *,
+    webhook_id: str,
+    event_id: str,
+    event_type: str,
+    event_time: str,
+    timestamp: int,
+    body: bytes,
+) -> dict[str, str]:
+    """Both schemes' headers. `secrets`: the current one first, then one that a rotation still keeps.
+
+    `event_time` is the `timestamp` in the body, `timestamp` the unix second of this attempt.
+    """
+    return {
+        "Content-Type": "application/json",
+        "User-Agent": AGENT,
+        "X-Webhook-Signature": legacy_signature(secrets[0], body),
+        "X-Webhook-Event": event_type,
+        "X-Webhook-Timestamp": event_time,
+        "X-Webhook-ID": webhook_id,
+        "webhook-id": event_id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": " ".join(standard_signature(secret, event_id, timestamp, body) for secret in secrets),
+    }
+
+
+def problem(headers: Mapping[str, str], body: bytes, secret: str, now: float) -> str | None:
+    """Why these headers do not prove that the body came from who holds the secret; None if they do.
+
+    Takes the Standard Webhooks headers, and the legacy one where there are no others. Names of headers are compared
+    without case. Never raises for what the other side sent.
+    """
+    given = {name.lower(): value for name, value in headers.items()}
+    if not secret:
+        return "the secret is empty"
+    if "webhook-signature" in given:
+        return _standard_problem(given, body, secret, now)
+    if "x-webhook-signature" in given:
+        signature = given["x-webhook-signature"].encode()
+        return _difference(lambda other: hmac.compare_digest(signature, legacy_signature(secret, other).encode()), body)
+    return "there is neither a webhook-signature nor an X-Webhook-Signature header"
+
+
+def _standard_problem(given: Mapping[str, str], body: bytes, secret: str, now: float) -> str | None:
+    for name in ("webhook-id", "webhook-timestamp"):
+        if not given.get(name):
+            return f"the header {name} is missing"
+    text = given["webhook-timestamp"]
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        return "the header webhook-timestamp is not a number of seconds"
+    timestamp, event_id = int(text), given["webhook-id"]
+    signatures = [one for one in given["webhook-signature"].split() if one.startswith("v1,")]
+    if not any(one[3:] for one in signatures):
+        return "the header webhook-signature holds no v1 signature"
+
+    def holds(other: bytes) -> bool:
+        expected = standard_signature(secret, event_id, timestamp, other).encode()
+        return any([hmac.compare_digest(one.encode(), expected) for one in signatures])
+
+    if (difference := _difference(holds, body)) is not None:
+        return difference
+    if abs(now - timestamp) > TOLERANCE:
+        late = "ago" if now > timestamp else "ahead"
+        return f"the signature holds, but it was made {abs(now - timestamp):.0f} s {late}: check the clock, or a replay"
+    return None
+
+
+def _difference(holds: Callable[[bytes], bool], body: bytes) -> str | None:
+    """None if the signature holds for the body, else what was done to it, as far as that can be found out."""
+    if holds(body):
+        return None
+    found = next((how for how, other in rewritten(body) if holds(other)), None)
+    return f"the body was {found} on its way" if found else OTHER_SECRET
+
+
+def rewritten(body: bytes) -> Iterator[tuple[str, bytes]]:
+    """What the body may have been before a framework parsed it and wrote it again."""
+    yield "given a line break at its end", body.removesuffix(b"\n").removesuffix(b"\r")
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return
+    for ascii_only in (True, False):
+        for separators in ((",", ":"), (", ", ": ")):
+            text = json.dumps(value, ensure_ascii=ascii_only, separators=separators)
+            yield "parsed and written again (verify the raw bytes)", text.encode(errors="surrogatepass")
