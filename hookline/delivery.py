@@ -43,6 +43,8 @@ class Worker:
         self.beat = time.monotonic()  # when the loop last went round
         self._jobs: dict[int, asyncio.Task[None]] = {}
         self._of_webhook: Counter[str] = Counter()  # jobs in flight
+        self._settled: list[Settled] = []  # what has come back and is not recorded yet
+        self._recording: asyncio.Task[None] | None = None
         self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
         self._backlog = False  # is more due than we had slots for?
         self._stopping = False
@@ -68,10 +70,12 @@ class Worker:
         await self._running
         if self._jobs:
             await asyncio.wait(self._jobs.values(), timeout=grace)
-        left = dict(self._jobs)
+        left = {delivery_id: task for delivery_id, task in self._jobs.items() if not task.done()}
         for task in left.values():
             task.cancel()
         await asyncio.gather(*left.values(), return_exceptions=True)
+        if self._recording is not None:
+            await self._recording
         if left:
             await self.storage.write(lanes.release, self.db, list(left))
         await self.client.close()
@@ -147,7 +151,7 @@ class Worker:
         busy = self._busy
         due = await self.storage.read(lanes.next_due, self.db, busy)
         now = clock.now()
-        self._backlog = due is not None and due <= now
+        self._backlog = bool(busy) or (due is not None and due <= now)
         if due is None or due > now:
             return POLL if due is None else min(POLL, (due - now).total_seconds())
         jobs = await self.storage.write(lanes.claim, self.db, self.rules, free, dict(self._of_webhook), busy)
@@ -162,28 +166,30 @@ class Worker:
         self._jobs[job.delivery_id] = self._loop.create_task(self._deliver(job))
 
     async def _deliver(self, job: Job) -> None:
-        """One attempt, up to its settlement. If this fails the lease runs out and the delivery is made again."""
-        begun = time.monotonic()
+        """One attempt. If this fails the lease runs out and the delivery is made again."""
         try:
-            if begun - job.claimed_at > self.rules.lease - self.rules.timeout - MARGIN:
-                return  # too late for us: whoever finds the lease run out sends it
-            body = job.payload.encode()
-            result = await self.client.post(job.url, body, self._headers(job, body))
-            await self._settle(job, result)
-        except Exception:
-            log.exception("delivery %s waits for its lease to run out", job.delivery_id)
-        finally:
+            if time.monotonic() - job.claimed_at > self.rules.lease - self.rules.timeout - MARGIN:
+                self._end(job)  # too late for us: whoever finds the lease run out sends it
+                return
+            result = await self.client.post(job.url, job.body, self._headers(job))
+            settlement = policy.settle(
+                result,
+                attempts=job.attempts + 1 - job.attempts_before,
+                failures=job.failures,
+                schedule=job.own_schedule() or self.rules.retry_schedule,
+                now=clock.now(),
+            )
+        except BaseException as exc:
             self._end(job)
+            if not isinstance(exc, Exception):
+                raise
+            log.exception("delivery %s waits for its lease to run out", job.delivery_id)
+        else:
+            self._settled.append(Settled(job, result, settlement))
+            if self._recording is None:
+                self._recording = self._loop.create_task(self._record())
 
-    def _end(self, job: Job) -> None:
-        del self._jobs[job.delivery_id]
-        self._of_webhook[job.webhook_id] -= 1
-        if not self._of_webhook[job.webhook_id]:
-            del self._of_webhook[job.webhook_id]
-        if self._backlog or job.exclusive:
-            self._awake.set()
-
-    def _headers(self, job: Job, body: bytes) -> dict[str, str]:
+    def _headers(self, job: Job) -> dict[str, str]:
         now = clock.now()
         secrets = [job.secret]
         if job.previous_secret and (expires := read_time(job.previous_secret_expires_at)) and expires > now:
@@ -193,34 +199,46 @@ class Worker:
             webhook_id=job.webhook_id,
             event_id=job.event_id,
             event_type=job.event_type,
-            event_time=clock.legacy_time(read_time(job.event_created_at)) or "",
+            event_time=job.event_time,
             timestamp=int(now.timestamp()),
-            body=body,
+            body=job.body,
         )
         return job.own_headers() | signed if job.headers else signed
 
-    async def _settle(self, job: Job, result: policy.Result) -> None:
-        settlement = policy.settle(
-            result,
-            attempts=job.attempts + 1 - job.attempts_before,
-            failures=job.failures,
-            schedule=job.own_schedule() or self.rules.retry_schedule,
-            now=clock.now(),
-        )
+    async def _record(self) -> None:
+        """Settle what has come back, one batch after the other: the next one gathers while one is committed."""
+        while batch := self._settled:
+            self._settled = []
+            try:
+                await self._settle(batch)
+            finally:
+                for settled in batch:
+                    self._end(settled.job)
+        self._recording = None
+
+    async def _settle(self, batch: list[Settled]) -> None:
+        cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
+        until = time.monotonic() + self.rules.lease - self.rules.timeout
         while True:
             try:
-                await self.storage.write_together(self._settle_all, Settled(job, result, settlement))
+                await self.storage.write(lanes.settle, self.db, batch, cutoff)
                 return
-            except Unavailable as exc:  # sent, but not recorded: try as long as it is ours
-                if self._stopping or time.monotonic() - job.claimed_at > self.rules.lease:
-                    log.error("the result of delivery %s is lost, it will be made again: %s", job.delivery_id, exc)
+            except Unavailable as exc:  # sent, but not recorded: try as long as they are ours
+                if self._stopping or time.monotonic() > until:
+                    log.error("the results of %s deliveries are lost, they will be made again: %s", len(batch), exc)
                     return
                 await asyncio.sleep(RETRY_SETTLING)
+            except Exception:
+                log.exception("%s deliveries wait for their leases to run out", len(batch))
+                return
 
-    def _settle_all(self, settled: list[Settled]) -> list[None]:
-        cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
-        lanes.settle(self.db, settled, cutoff)
-        return [None] * len(settled)
+    def _end(self, job: Job) -> None:
+        del self._jobs[job.delivery_id]
+        self._of_webhook[job.webhook_id] -= 1
+        if not self._of_webhook[job.webhook_id]:
+            del self._of_webhook[job.webhook_id]
+        if self._backlog or job.exclusive:
+            self._awake.set()
 
 
 def ready(worker: Worker | None) -> str | None:

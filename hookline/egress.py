@@ -18,7 +18,6 @@ from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
-from multidict import CIMultiDict
 from yarl import URL
 
 from hookline import clock
@@ -124,9 +123,7 @@ class Client:
         """One attempt."""
         started_at, start = clock.now(), time.perf_counter()
         try:
-            async with self._session.post(
-                parsed(url), data=body, headers=CIMultiDict(headers), allow_redirects=False
-            ) as answer:
+            async with self._session.post(parsed(url), data=body, headers=headers, allow_redirects=False) as answer:
                 kept = await self._beginning(answer)
                 found: dict[str, Any] = {
                     "status_code": answer.status,
@@ -141,6 +138,8 @@ class Client:
 
     async def _beginning(self, answer: aiohttp.ClientResponse) -> bytes:
         """The first KEPT bytes; a longer answer is not read on, and its connection not used again."""
+        if (answer.content_length or KEPT + 1) <= KEPT:
+            return await answer.read()
         kept = b""
         while len(kept) < KEPT:
             more = await answer.content.read(KEPT - len(kept))

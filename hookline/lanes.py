@@ -42,8 +42,8 @@ class Job(NamedTuple):
     retry_schedule: str | None
     ordered: bool
     event_type: str
-    payload: str
-    event_created_at: Any
+    body: bytes
+    event_time: str  # the `timestamp` in the body
     claimed_at: float  # of time.monotonic()
     failures: int = 0  # of its lane, in a row
     exclusive: bool = False  # is the lane closed until it is settled?
@@ -63,20 +63,23 @@ class Settled(NamedTuple):
 
 
 def load(
-    db: Database, leased: Sequence[tuple[int, str]], lanes: Mapping[str, Mapping[str, Any]] | None = None
+    db: Database, leased: Sequence[tuple[int, str]], lanes: Mapping[str, tuple[int, bool, str | None]] | None = None
 ) -> list[Job]:
     """The jobs of these deliveries (id, end of the lease), as far as they are committed and still leased.
 
-    `lanes`: what to add to the jobs of a webhook.
+    `lanes`: for each webhook the last three fields of its jobs.
     """
     claimed_at = time.monotonic()
     found = db.execute_sql(load_sql(db), (sql.parameter(leased), IN_ORDER)).fetchall()
     wanted = {row[2] for row in found}
     select = "SELECT event_id, event_type, payload, created_at FROM events WHERE event_id IN "
     rows = db.execute_sql(f"{select}(SELECT id FROM {sql.rows(db, 'id')})", (sql.ids(wanted),)).fetchall()
-    contents = {row[0]: row[1:] for row in rows}
-    more = lanes or {}
-    return [Job(*row, *contents[row[2]], claimed_at=claimed_at, **more.get(row[1], {})) for row in found]
+    contents = {
+        event_id: (event_type, payload.encode(), clock.legacy_time(read_time(created_at)), claimed_at)
+        for event_id, event_type, payload, created_at in rows
+    }
+    none = (0, False, None)
+    return [Job._make((*row, *contents[row[2]], *(lanes[row[1]] if lanes else none))) for row in found]
 
 
 @lru_cache(maxsize=8)
@@ -110,7 +113,7 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
         ORDER BY l.due_at LIMIT {LANES_AT_ONCE}{sql.skip_locked(db, "l")}"""
     due = db.execute_sql(statement, (stored_time(now), sql.ids(busy))).fetchall()
     leased: list[tuple[int, str]] = []
-    lanes: dict[str, dict[str, Any]] = {}
+    lanes: dict[str, tuple[int, bool, str | None]] = {}
     for webhook_id, failures, enabled, ordered, rate_limit in due:
         if not enabled:
             _cancel_some(db, webhook_id, now)
@@ -124,7 +127,7 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
         exclusive = bool(failures or ordered)
         opens = stored_time(now + timedelta(seconds=len(ids) / rate_limit)) if rate_limit and ids else None
         _move_on(db, webhook_id, now, lost if exclusive and ids else opens, more=len(ids) == budget)
-        lanes[webhook_id] = {"failures": failures, "exclusive": exclusive, "opens_at": opens}
+        lanes[webhook_id] = (failures, exclusive, opens)
         leased += [(delivery_id, lost) for delivery_id in ids]
     return load(db, leased, lanes) if leased else []
 
