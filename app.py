@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -57,6 +58,7 @@ def create_app(config: settings.Settings) -> Starlette:
     )
     app.state.storage = storage
     app.state.manager = WebhookManager(db=db)
+    app.state.publish_all = partial(events.publish_all, db)
     app.state.worker = worker
     app.state.allowed_networks = config.allowed_networks
     return app

@@ -1,23 +1,31 @@
-"""The command line: migrate, import, export. `python manage.py COMMAND --help` tells each one's options."""
+"""The command line: schema, import and export, the worker, and tools for trying deliveries out.
+
+`python manage.py COMMAND --help` tells each one's options.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import gc
+import json
+import logging
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 from peewee import Database
 
 import models
 import settings
-from hookline import schema, transfer
+from hookline import events, schema, signing, transfer
 from hookline.errors import HooklineError, Invalid
-from hookline.storage import open_database
+from hookline.storage import Storage, open_database
 
 SHOWN_PROBLEMS = 1000
 CACHE = -256 * 1024  # KiB: a migration or an import writes more pages than the service keeps, each only once then
@@ -25,7 +33,7 @@ CACHE = -256 * 1024  # KiB: a migration or an import writes more pages than the 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Hookline's database: its schema, and the way in from and out to the replaced service's JSON file."""
+    """Hookline's database, its worker, and tools for trying deliveries out."""
 
 
 def with_database(command: Callable[..., None]) -> Callable[..., None]:
@@ -121,8 +129,16 @@ def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool) 
     schema.require_current(db)
     gc.disable()  # a short process that keeps all it reads: collecting it again and again is a third of the time
     with progress_bar() as progress:
-        report = transfer.import_file(db, file, dry_run=dry_run, skip_invalid=skip_invalid, progress=progress)
+        report = transfer.import_file(
+            db,
+            file,
+            dry_run=dry_run,
+            skip_invalid=skip_invalid,
+            allowed=settings.load().allowed_networks,
+            progress=progress,
+        )
     show_problems(Invalid("", report.problems))
+    show_problems(Invalid("", report.warnings))
     if report.backup is not None:
         click.echo(f"backup: {report.backup}")
     click.echo(
@@ -138,6 +154,93 @@ def export_command(db: Database, file: Path) -> None:
     """Write all webhooks, secrets included, to FILE in the replaced service's form; FILE is replaced whole."""
     schema.require_current(db)
     click.echo(f"exported: {transfer.export_file(db, file)} webhooks to {file}")
+
+
+@main.command()
+@with_database
+def worker(db: Database) -> None:
+    """Deliver, until it is told to stop (SIGTERM, Ctrl-C). Any number of workers may share one database."""
+    from app import worker_of  # only here: the web server is not needed otherwise
+
+    schema.require_current(db)
+    config = settings.load()
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+
+    async def work() -> None:
+        stopped = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        storage = Storage(db)
+        delivering = worker_of(config, storage)
+        await storage.start()
+        await delivering.start()
+        click.echo("Hookline delivers")
+        await stopped.wait()
+        await delivering.stop()
+        await storage.stop()
+
+    asyncio.run(work())
+
+
+@main.command()
+@click.argument("event_type")
+@click.argument("data")
+@click.option("--idempotency-key", help="Publish it once, however often this is run.")
+@with_database
+def publish(db: Database, event_type: str, data: str, idempotency_key: str | None) -> None:
+    """Publish an event: EVENT_TYPE and its DATA, a JSON object. A running service or worker delivers it."""
+    schema.require_current(db)
+    events.attach(db, events.Outlet(max_payload=settings.load().max_payload))
+    try:
+        content = json.loads(data)
+    except ValueError as exc:
+        raise click.ClickException(f"DATA is not JSON: {exc}") from exc
+    published = events.publish_one(db, events.NewEvent(event_type, content, idempotency_key))
+    again = ", published before" if published.duplicate else ""
+    click.echo(f"{published.event_id}: {published.deliveries} deliveries{again}")
+
+
+secret_option = click.option(
+    "--secret", envvar="WEBHOOK_SECRET", prompt=True, hide_input=True, help="The webhook's secret (or WEBHOOK_SECRET)."
+)
+
+
+@main.command()
+@click.argument("file", type=click.File("rb"), default="-")
+@click.option("--header", "headers", multiple=True, help="A header that was received, as 'name: value'. Give each.")
+@secret_option
+@click.option("--at", type=float, help="When it was received, in unix seconds; now unless given.")
+def verify(file: BinaryIO, headers: tuple[str, ...], secret: str, at: float | None) -> None:
+    """Does the signature of a delivery hold? If not: why. FILE holds the raw body as it was received."""
+    given = {name.strip(): value.strip() for name, _, value in (header.partition(":") for header in headers)}
+    problem = signing.problem(given, file.read(), secret, time.time() if at is None else at)
+    click.echo(f"it does not hold: {problem}" if problem else "it holds")
+    sys.exit(1 if problem else 0)
+
+
+@main.command()
+@click.option("--port", default=8006, show_default=True)
+@click.option("--status", default=200, show_default=True, help="What to answer.")
+@secret_option
+def listen(port: int, status: int, secret: str) -> None:
+    """Receive deliveries on 127.0.0.1 and print each, with whether its signature holds. For trying things out."""
+    from aiohttp import web
+
+    async def receive(request: web.Request) -> web.Response:
+        body = await request.read()
+        problem = signing.problem(dict(request.headers), body, secret, time.time())
+        kind = request.headers.get("X-Webhook-Event", "no event type")
+        click.echo(f"{kind}: {body.decode(errors='replace')}")
+        click.echo(f"  signature: {'does not hold: ' + problem if problem else 'holds'}")
+        return web.Response(status=status)
+
+    application = web.Application(client_max_size=16 * 1024**2)
+    application.router.add_post("/{path:.*}", receive)
+    try:
+        click.echo(f"listening on http://127.0.0.1:{port}; stop with Ctrl-C")
+        web.run_app(application, host="127.0.0.1", port=port, print=None, access_log=None)
+    except OSError as exc:
+        raise click.ClickException(f"port {port} cannot be used: {exc.strerror}") from exc
 
 
 @contextmanager

@@ -128,6 +128,9 @@ class Event(Table):
         table_name = "events"
 
 
+Event.add_index(Event.created_at, Event.event_id, name="idx_events_created")
+
+
 class Status(StrEnum):
     """Where a delivery is. It leaves `pending` once, unless someone asks for it again."""
 

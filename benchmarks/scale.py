@@ -49,7 +49,9 @@ def measure(size: int) -> tuple[float, float]:
 def cursor(size: int) -> str:
     from web.schemas import cursor_after
 
-    return cursor_after({"created_at": created_at(random.randrange(size)), "webhook_id": ""})
+    return cursor_after(
+        {"created_at": created_at(random.randrange(size)), "webhook_id": ""}, "created_at", "webhook_id"
+    )
 
 
 def median_of(client: http.client.HTTPConnection, paths: list[str]) -> float:

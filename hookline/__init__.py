@@ -1,5 +1,6 @@
-"""Hookline: webhook registrations, stored durably. `WebhookManager` is the entry point for Python callers."""
+"""Hookline: webhook registrations and signed, durable deliveries. These two are what Python callers need."""
 
+from hookline.events import publish
 from hookline.webhooks import WebhookManager
 
-__all__ = ["WebhookManager"]
+__all__ = ["WebhookManager", "publish"]

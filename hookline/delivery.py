@@ -241,7 +241,7 @@ class Worker:
             self._awake.set()
 
 
-def ready(worker: Worker | None) -> str | None:
+def problem(worker: Worker | None) -> str | None:
     """What is wrong with this process's worker, None if it beats."""
     if worker is None or time.monotonic() - worker.beat < 30:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from hookline.policy import Result
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+HOST = re.compile(r"(?i)https?://(?:[^/?#@]*@)?(\[[^\]]*\]|[^/?#:]*)")
 KEPT = 1024  # bytes of an answer
 
 # What `ipaddress` calls global and yet leads back inside, or to no single host.
@@ -77,7 +79,13 @@ def is_public(ip: Address) -> bool:
 
 def literal_refusal(url: str, allowed: Sequence[Network]) -> str | None:
     """The guard's opinion of a URL whose host is an address, or a name that always means this machine."""
-    host = (URL(url).host or "").rstrip(".")
+    match = HOST.match(url)
+    return literal_host_refusal(match[1].lower(), tuple(allowed)) if match else None
+
+
+@lru_cache(maxsize=10_000)
+def literal_host_refusal(host: str, allowed: tuple[Network, ...]) -> str | None:
+    host = host.strip("[]").rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
         host = "127.0.0.1"
     try:

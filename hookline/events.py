@@ -28,6 +28,7 @@ EVENT_TYPE = re.compile(r"[!-~]([ -~]{0,198}[!-~])?")
 TEAM_FIELDS = ("home_team", "away_team", "team")
 MAX_KEY = 255  # characters of an idempotency key
 TEST_EVENT = "webhook.test"
+TEST_DATA = {"message": "A test event: it was asked for by hand, and means nothing."}
 
 
 class Slots(NamedTuple):
@@ -209,7 +210,7 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
     leased = [delivery_id for delivery_id, _, is_leased in rows if is_leased]
     if len(leased) < len(rows):
         queue(db, "event_id IN (SELECT id FROM {given}) AND NOT leased", sql.ids(draft.event_id for draft in drafts))
-    if rows:
+    if leased:
         db.after_commit(lambda: outlet.wake(leased, lost))
     return Counter(event_id for _, event_id, _ in rows)
 
@@ -265,3 +266,4 @@ def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False
         f"WHERE {where} ON CONFLICT (webhook_id) DO UPDATE SET {change}"
     )
     db.execute_sql(statement, (stored_time(clock.now()), *parameters))
+    db.after_commit(lambda: outlet_of(db).wake((), ""))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -19,10 +19,11 @@ from typing import Any
 from peewee import Database
 
 from hookline import clock
+from hookline.egress import Network, literal_refusal
 from hookline.errors import Invalid
 from hookline.files import back_up, replace_file
+from hookline.registration import check_text
 from hookline.storage import connected, transaction
-from hookline.webhooks import check_text
 from models import read_time, stored_time
 
 FIELDS = [
@@ -72,6 +73,7 @@ class Report:
     invalid: int = 0
     backup: Path | None = None
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Duplicated(dict[str, Any]):
@@ -81,18 +83,29 @@ class Duplicated(dict[str, Any]):
 
 
 def import_file(
-    db: Database, path: Path, *, dry_run: bool = False, skip_invalid: bool = False, progress: Progress | None = None
+    db: Database,
+    path: Path,
+    *,
+    dry_run: bool = False,
+    skip_invalid: bool = False,
+    allowed: Sequence[Network] = (),
+    progress: Progress | None = None,
 ) -> Report:
     """Store every webhook of the file, after a backup of it, in one transaction.
 
     Raises Invalid, with every problem, if something in the file is wrong (unless `skip_invalid`, which leaves those
     entries out; a file that is not JSON of either form is refused all the same). Raises Unavailable. Either changes
-    nothing.
+    nothing. The report warns of addresses that the egress guard refuses, those in the networks `allowed` aside.
     """
     content = read_bytes(path)
     rows, report = parse(content, progress or silent)
     if report.problems and not skip_invalid:
         raise Invalid(f"{path}: nothing was imported, {report.invalid} entries are invalid", report.problems)
+    report.warnings = [
+        f"{row['webhook_id']}: it will not be delivered to: {refusal}"
+        for row in rows
+        if (refusal := literal_refusal(row["url"], allowed))
+    ]
     with connected(db):
         if dry_run:
             compare(rows, stored(db), report)

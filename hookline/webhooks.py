@@ -6,25 +6,29 @@ called inside a transaction it is a savepoint of it. The service calls the same 
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from ipaddress import ip_network
+from typing import Any
 
 from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, schema, sql
-from hookline.errors import Invalid, NotFound
-from hookline.storage import connected, open_database, transaction
+from hookline import clock, events, history, schema, sql
+from hookline.delivery import Worker
+from hookline.egress import Client
+from hookline.errors import Conflict, NotFound
+from hookline.events import NewEvent, Published
+from hookline.policy import Rules
+from hookline.registration import Registration, check, check_secret
+from hookline.storage import Storage, connected, open_database, transaction
 from models import Subscription, Webhook, read_time, stored_time
 
-MIN_SECRET = 16  # characters
-MAX_EVENTS = 1000  # event types of one webhook
 MASK = "***"
+WAITING = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
 
 REGISTER_COLUMNS = (
     "webhook_id",
@@ -45,7 +49,11 @@ SHOWN_COLUMNS = [
     "description",
     "headers",
     "enabled",
+    "disabled_at",
     "disabled_reason",
+    "retry_schedule",
+    "rate_limit",
+    "ordered",
     "created_at",
     "updated_at",
     "total_calls",
@@ -53,30 +61,28 @@ SHOWN_COLUMNS = [
     "last_success",
     "last_failure",
 ]
-TIMES = ("created_at", "updated_at", "last_success", "last_failure")
+TIMES = ("created_at", "updated_at", "disabled_at", "last_success", "last_failure")
 
 Rows = list[dict[str, Any]]
-
-
-class Registration(NamedTuple):
-    """What registering takes."""
-
-    url: str
-    events: Sequence[str]
-    secret: str
-    team: str | None = None
-    description: str | None = None
-    headers: Mapping[str, str] | None = None
 
 
 class WebhookManager:
     """The registrations in one database.
 
     `WebhookManager("data/webhooks.db")` opens that file and brings its schema up to date, creating it if need be.
-    The service passes its own `db`, which it has migrated by hand.
+    The service passes its own `db`, which it has migrated by hand. `allowed_networks`: where `startup()` may deliver
+    besides public addresses, such as `["192.168.0.0/16"]`.
     """
 
-    def __init__(self, db_path: str | os.PathLike[str] = "data/webhooks.db", *, db: Database | None = None) -> None:
+    def __init__(
+        self,
+        db_path: str | os.PathLike[str] = "data/webhooks.db",
+        *,
+        db: Database | None = None,
+        allowed_networks: Sequence[str] = (),
+    ) -> None:
+        self._allowed = [ip_network(network) for network in allowed_networks]
+        self._worker: Worker | None = None
         self._owns_database = db is None
         self.db = db if db is not None else open_database(f"sqlite:///{os.fspath(db_path)}")
         if self._owns_database:
@@ -95,10 +101,19 @@ class WebhookManager:
         self._delete = f"DELETE FROM webhooks WHERE webhook_id = {self.db.param}"
 
     async def startup(self) -> None:
-        """Kept for callers of the replaced manager: the database is ready once this object exists."""
+        """Deliver from now on, if this object opened its database: else the service does."""
+        if self._owns_database and self._worker is None:
+            storage = Storage(self.db)
+            await storage.start()
+            self._worker = Worker(storage, Client(allowed=self._allowed), Rules())
+            await self._worker.start()
 
     async def shutdown(self) -> None:
-        """Close the database, if this object opened it."""
+        """Finish or release what is in flight, and close the database, if this object opened it."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.stop()
+            await worker.storage.stop()
         if self._owns_database:
             self.db.close_all()  # type: ignore[attr-defined]
 
@@ -179,24 +194,59 @@ class WebhookManager:
         return Registrations(self)
 
     def update(self, webhook_id: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Change what is given (url, events, team, description, headers, enabled); returns the webhook.
+        """Change what is given; returns the webhook. Raises NotFound, Invalid, Unavailable.
 
-        Raises NotFound, Invalid, Unavailable.
+        May be given: url, events, team, description, headers, enabled, retry_schedule (seconds before each retry),
+        rate_limit (deliveries per second), ordered. Enabling it again clears its failures, and the answer has a
+        `replay`: since when it missed deliveries, and how many a replay would bring back.
         """
         with transaction(self.db):
             before = self.get(webhook_id)
             after = {**before, **changes}
             check(after["url"], after["events"], None, after["team"])
             values = {name: encoded(name, value) for name, value in changes.items()}
-            if changes.get("enabled"):
-                values |= {"disabled_reason": None, "failing_since": None}
+            again = changes.get("enabled") is True and not before["enabled"]
+            if changes.get("enabled") is not None and changes["enabled"] != before["enabled"]:
+                values |= self._switched(webhook_id, changes["enabled"])
             values["updated_at"] = clock.now()
+            missed_since = self._missing_since(webhook_id) if again else None
             Webhook.update(values).where(Webhook.webhook_id == webhook_id).execute(self.db)
             if "events" in changes or "team" in changes:
                 Subscription.delete().where(Subscription.webhook == webhook_id).execute(self.db)
                 rows = subscriptions(webhook_id, after["events"], after["team"])
                 self.db.execute_sql(self._subscribe, (sql.parameter(rows),))
-            return self.get(webhook_id)
+            webhook = self.get(webhook_id)
+            if missed_since is not None:
+                missed = history.replay(self.db, webhook_id, missed_since, dry_run=True)
+                webhook["replay"] = {"since": missed_since, "deliveries": missed}
+            return webhook
+
+    def _switched(self, webhook_id: str, enabled: bool) -> dict[str, Any]:
+        """What changes with `enabled`. What waits for a disabled webhook is cancelled, by the worker, in its lane."""
+        events.queue(self.db, WAITING, sql.ids([webhook_id]), open_now=True)
+        if enabled:
+            return {"disabled_at": None, "disabled_reason": None, "failing_since": None}
+        return {"disabled_at": clock.now(), "disabled_reason": "disabled by request"}
+
+    def _missing_since(self, webhook_id: str) -> datetime | None:
+        query = Webhook.select(Webhook.failing_since, Webhook.disabled_at).where(Webhook.webhook_id == webhook_id)
+        failing_since, disabled_at = query.tuples().bind(self.db).execute()[0]
+        moment: datetime | None = failing_since or disabled_at
+        return moment
+
+    def send_event(self, event_type: str, event_data: Mapping[str, Any]) -> Published:
+        """Store an event and a delivery of it to every matching webhook. Raises Invalid, TooLarge, Unavailable.
+
+        They are sent by whichever worker runs on this database: the service's, or ours after `startup()`.
+        """
+        return events.publish_one(self.db, NewEvent(event_type, event_data))
+
+    def send_test(self, webhook_id: str) -> Published:
+        """An event for this webhook alone, whatever it has subscribed to. Raises NotFound, Conflict, Unavailable."""
+        with transaction(self.db):
+            if not self.get(webhook_id)["enabled"]:
+                raise Conflict("the webhook is disabled: enable it first")
+            return events.publish_one(self.db, NewEvent(events.TEST_EVENT, events.TEST_DATA, only=webhook_id))
 
     def rotate(self, webhook_id: str, secret: str, overlap_seconds: int) -> datetime | None:
         """Replace the secret; the old one keeps signing beside it for `overlap_seconds`.
@@ -250,58 +300,6 @@ class Registrations(Mapping[str, dict[str, Any]]):
             return int(Webhook.select().count(self._manager.db))
 
 
-def generate_secret() -> str:
-    """A new secret: `whsec_` and the base64 of 32 random bytes (Standard Webhooks 1.0.0)."""
-    return "whsec_" + base64.b64encode(os.urandom(32)).decode()
-
-
-def check(url: str, events: Sequence[str], secret: str | None, team: str | None) -> None:
-    """Refuse what no edge should let through. Raises Invalid; no message holds a secret."""
-    if not url.lower().startswith(("http://", "https://")):
-        raise Invalid("url must start with http:// or https://")
-    if isinstance(events, str) or len(events) > MAX_EVENTS:
-        raise Invalid(f"events must be a list of at most {MAX_EVENTS} event types")
-    if not all(isinstance(event, str) for event in events):
-        raise Invalid("events must be a list of strings")
-    for name, text in (("url", url), ("team", team), *(("events", event) for event in events)):
-        check_text(name, text)
-    if secret is not None:
-        check_secret(secret)
-
-
-def check_secret(secret: str) -> None:
-    """Raises Invalid unless it is long enough and, with the prefix `whsec_`, base64."""
-    if len(secret) < MIN_SECRET:
-        raise Invalid(f"secret must have at least {MIN_SECRET} characters")
-    check_text("secret", secret)
-    if (problem := secret_problem(secret)) is not None:
-        raise Invalid(f"secret {problem}")
-
-
-def secret_problem(secret: str) -> str | None:
-    """What is wrong with a `whsec_` secret, None if nothing."""
-    if not secret.startswith("whsec_"):
-        return None
-    encoded_key = secret.removeprefix("whsec_")
-    try:
-        base64.b64decode(encoded_key + "=" * (-len(encoded_key) % 4), validate=True)
-    except ValueError:
-        return "starts with whsec_ but the rest is not base64"
-    return None
-
-
-def check_text(name: str, text: str | None) -> None:
-    """Raises Invalid for what the two databases would store differently: NUL and lone surrogates."""
-    if text is None:
-        return
-    if "\0" in text:
-        raise Invalid(f"{name} must not contain NUL characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Invalid(f"{name} must not contain lone surrogates") from None
-
-
 def inserted(webhook_id: str, new: Registration, now: str) -> tuple[str | None, ...]:
     """The row of REGISTER_COLUMNS."""
     events = json.dumps(list(new.events))
@@ -323,7 +321,7 @@ def wants(event: str) -> Any:
 
 
 def encoded(name: str, value: Any) -> Any:
-    return json.dumps(value) if name in ("events", "headers") and value is not None else value
+    return json.dumps(value) if name in ("events", "headers", "retry_schedule") and value is not None else value
 
 
 def shown(row: Sequence[Any]) -> dict[str, Any]:
@@ -333,6 +331,8 @@ def shown(row: Sequence[Any]) -> dict[str, Any]:
         webhook[name] = read_time(webhook[name])
     webhook["events"] = json.loads(webhook["events"])
     webhook["enabled"] = bool(webhook["enabled"])
+    webhook["ordered"] = bool(webhook["ordered"])
+    webhook["retry_schedule"] = json.loads(webhook["retry_schedule"]) if webhook["retry_schedule"] else None
     webhook["headers"] = dict.fromkeys(json.loads(webhook["headers"]), MASK) if webhook["headers"] else {}
     return webhook
 

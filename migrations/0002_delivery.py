@@ -48,6 +48,8 @@ def tables(db):
         class Meta:
             table_name = "events"
 
+    Event.add_index(Event.created_at, Event.event_id, name="idx_events_created")
+
     class Delivery(Base):
         delivery_id = NeverReused()
         webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", index=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,34 @@ def test_every_setting_is_read() -> None:
         "PORT": "80",
         "API_KEYS": "one, two,",
         "ALLOW_ANONYMOUS": "True",
+        "ALLOWED_NETWORKS": "192.168.0.0/16, fd00::/8",
+        "RUN_WORKER": "no",
+        "WORKER_CONCURRENCY": "8",
+        "DELIVERY_TIMEOUT": "500ms",
+        "LEASE": "5s",
+        "RETRY_SCHEDULE": "1s 2m",
+        "DISABLE_AFTER": "1h",
         "MAX_BODY": "2 MiB",
+        "MAX_PAYLOAD": "1KiB",
         "LOG_LEVEL": "DEBUG",
     }
-    expected = settings.Settings(given["DATABASE_URL"], "0.0.0.0", 80, ("one", "two"), True, 2 * 1024**2, "debug")
+    expected = settings.Settings(
+        given["DATABASE_URL"],
+        "0.0.0.0",
+        80,
+        ("one", "two"),
+        True,
+        (ip_network("192.168.0.0/16"), ip_network("fd00::/8")),
+        False,
+        8,
+        0.5,
+        5,
+        (1, 120),
+        3600,
+        2 * 1024**2,
+        1024,
+        "debug",
+    )
     assert settings.load(given) == expected
     assert "one" not in repr(settings.load(given))
 
@@ -38,6 +63,13 @@ def test_every_setting_is_read() -> None:
         ("PORT", "65536"),
         ("PORT", "-1"),
         ("ALLOW_ANONYMOUS", "perhaps"),
+        ("ALLOWED_NETWORKS", "192.168.0.1/16"),
+        ("ALLOWED_NETWORKS", "home"),
+        ("WORKER_CONCURRENCY", "0"),
+        ("DELIVERY_TIMEOUT", "15"),
+        ("LEASE", "15s"),
+        ("RETRY_SCHEDULE", "5s, soon"),
+        ("DISABLE_AFTER", "0d"),
         ("MAX_BODY", "1MB"),
         ("MAX_BODY", "0"),
         ("LOG_LEVEL", "loud"),

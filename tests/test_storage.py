@@ -14,8 +14,8 @@ from peewee import Database
 import models
 from hookline import WebhookManager, schema
 from hookline.errors import Invalid, Unavailable
+from hookline.registration import Registration
 from hookline.storage import Storage, open_database
-from hookline.webhooks import Registration
 from tests.conftest import SECRET
 
 

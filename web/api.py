@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, cast
 
@@ -11,10 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from hookline import deliveries, egress, events, history
+from hookline.errors import NotFound
+from hookline.registration import Registration, generate_secret
 from hookline.storage import Storage
-from hookline.webhooks import Registration, WebhookManager, generate_secret
+from hookline.webhooks import WebhookManager
 from web import schemas
 from web.schemas import Json
+
+log = logging.getLogger("hookline")
 
 
 def storage_of(request: Request) -> Storage:
@@ -42,8 +48,16 @@ async def register(request: Request) -> Response:
     url = str(new.url)
     registration = Registration(url, new.events, new.secret, new.team)
     webhook_id = await storage_of(request).write_together(manager_of(request).register_all, registration)
+    for warning in warnings(request, url):  # the answer's form is fixed
+        log.warning("webhook %s: %s", webhook_id, warning)
     shown = {"webhook_id": webhook_id, "url": url, "events": new.events, "team": new.team}
     return Json({**shown, "message": "Webhook registered successfully"}, 201)
+
+
+def warnings(request: Request, url: str) -> list[str]:
+    """What the egress guard will say to this URL, as far as that can be told from its host alone."""
+    refusal = egress.literal_refusal(url, request.app.state.allowed_networks)
+    return [f"it will not be delivered to: {refusal}"] if refusal else []
 
 
 async def list_all(request: Request) -> Response:
@@ -66,6 +80,7 @@ async def create(request: Request) -> Response:
     shown = await storage.read(manager_of(request).get, webhook_id)
     if new.secret is None:
         shown["secret"] = secret
+    shown["warnings"] = warnings(request, shown["url"])
     return Json(shown, 201, {"Location": f"/api/v1/webhooks/{webhook_id}"})
 
 
@@ -79,10 +94,13 @@ async def page(request: Request) -> Response:
         limit=query.limit + 1,
         after=query.cursor,
     )
-    found = await storage_of(request).scan(look_up)
-    more = len(found) > query.limit
-    cursor = schemas.cursor_after(found[query.limit - 1]) if more else None
-    return Json({"data": found[: query.limit], "next_cursor": cursor})
+    return paged(await storage_of(request).scan(look_up), query.limit, "created_at", "webhook_id")
+
+
+def paged(found: list[dict[str, Any]], limit: int, *order: str) -> Response:
+    """A page of rows, of which one more than `limit` was asked for, to see whether there is another page."""
+    cursor = schemas.cursor_after(found[limit - 1], *order) if len(found) > limit else None
+    return Json({"data": found[:limit], "next_cursor": cursor})
 
 
 async def get(request: Request) -> Response:
@@ -94,7 +112,7 @@ async def update(request: Request) -> Response:
     changes = await parsed(request, schemas.WebhookChanges)
     webhook_id = request.path_params["webhook_id"]
     found = await storage_of(request).write(manager_of(request).update, webhook_id, changes.given())
-    return Json(found)
+    return Json({**found, "warnings": warnings(request, found["url"])})
 
 
 async def rotate_secret(request: Request) -> Response:
@@ -106,6 +124,92 @@ async def rotate_secret(request: Request) -> Response:
     if wanted.secret is None:
         shown["secret"] = secret
     return Json(shown)
+
+
+async def send_test(request: Request) -> Response:
+    published = await storage_of(request).write(manager_of(request).send_test, request.path_params["webhook_id"])
+    return Json(published._asdict(), 202)
+
+
+async def replay(request: Request) -> Response:
+    wanted = await parsed(request, schemas.Replay)
+    webhook_id, storage = request.path_params["webhook_id"], storage_of(request)
+    everything = wanted.status == "all"
+    arguments = (storage.db, webhook_id, wanted.since, wanted.until)
+    look = partial(history.replay, everything=everything, dry_run=wanted.dry_run)
+    count = await (storage.scan(look, *arguments) if wanted.dry_run else storage.write(look, *arguments))
+    shown = {"webhook_id": webhook_id, "deliveries": count, "dry_run": wanted.dry_run}
+    return Json(shown, 200 if wanted.dry_run else 202)
+
+
+# Events
+
+
+async def publish(request: Request) -> Response:
+    new = await parsed(request, schemas.NewEvent)
+    key = new.idempotency_key or request.headers.get("idempotency-key")
+    storage = storage_of(request)
+    event = events.NewEvent(new.event_type, new.data, key)
+    published = await storage.write_together(request.app.state.publish_all, event)
+    return Json(published._asdict(), 202)
+
+
+async def list_events(request: Request) -> Response:
+    query = schemas.query_of(schemas.EventListing, request.query_params)
+    storage = storage_of(request)
+    look_up = partial(history.page, event_type=query.event_type, limit=query.limit + 1, before=query.cursor)
+    return paged(await storage.scan(look_up, storage.db), query.limit, "created_at", "event_id")
+
+
+async def get_event(request: Request) -> Response:
+    storage = storage_of(request)
+    return Json(await storage.scan(history.get, storage.db, request.path_params["event_id"]))
+
+
+async def explain(request: Request) -> Response:
+    query = schemas.query_of(schemas.Explaining, request.query_params)
+    storage = storage_of(request)
+    look_up = partial(history.explain, limit=query.limit + 1, after=query.cursor)
+    return paged(await storage.scan(look_up, storage.db, request.path_params["event_id"]), query.limit, "webhook_id")
+
+
+# Deliveries
+
+
+async def list_deliveries(request: Request) -> Response:
+    query = schemas.query_of(schemas.DeliveryListing, request.query_params)
+    storage = storage_of(request)
+    look_up = partial(
+        deliveries.page,
+        webhook_id=query.webhook_id,
+        event_id=query.event_id,
+        status=query.status,
+        limit=query.limit + 1,
+        before=query.cursor,
+    )
+    return paged(await storage.scan(look_up, storage.db), query.limit, "delivery_id")
+
+
+def delivery_id_of(request: Request) -> int:
+    text = request.path_params["delivery_id"]
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise NotFound("Delivery not found")
+    return int(text)
+
+
+async def get_delivery(request: Request) -> Response:
+    storage = storage_of(request)
+    return Json(await storage.scan(deliveries.get, storage.db, delivery_id_of(request)))
+
+
+async def retry_delivery(request: Request) -> Response:
+    storage = storage_of(request)
+    return Json(await storage.write(deliveries.retry, storage.db, delivery_id_of(request)))
+
+
+async def cancel_delivery(request: Request) -> Response:
+    storage = storage_of(request)
+    return Json(await storage.write(deliveries.cancel, storage.db, delivery_id_of(request)))
 
 
 class WebhookId(Convertor[str]):
@@ -131,4 +235,14 @@ routes: list[BaseRoute] = [  # the busiest first: they are tried in order
     Route("/api/v1/webhooks", page, methods=["GET"]),
     Route("/api/v1/webhooks/list", list_all, methods=["GET"]),
     Route("/api/v1/webhooks/{webhook_id:webhook}/rotate-secret", rotate_secret, methods=["POST"]),
+    Route("/api/v1/webhooks/{webhook_id:webhook}/test", send_test, methods=["POST"]),
+    Route("/api/v1/webhooks/{webhook_id:webhook}/replay", replay, methods=["POST"]),
+    Route("/api/v1/events", publish, methods=["POST"]),
+    Route("/api/v1/events", list_events, methods=["GET"]),
+    Route("/api/v1/events/{event_id}", get_event, methods=["GET"]),
+    Route("/api/v1/events/{event_id}/explain", explain, methods=["GET"]),
+    Route("/api/v1/deliveries", list_deliveries, methods=["GET"]),
+    Route("/api/v1/deliveries/{delivery_id}", get_delivery, methods=["GET"]),
+    Route("/api/v1/deliveries/{delivery_id}/retry", retry_delivery, methods=["POST"]),
+    Route("/api/v1/deliveries/{delivery_id}/cancel", cancel_delivery, methods=["POST"]),
 ]

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hookline import schema
+from hookline import delivery, schema
 from hookline.errors import Conflict, HooklineError, Invalid, NotFound, TooLarge, Unavailable
 from web.schemas import Refused
 
@@ -26,12 +26,14 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 once requests can be served: the database answers and its schema is current."""
+    """200 once requests can be served: the database answers and its schema is current, its worker beats."""
     storage = request.app.state.storage
     try:
         await storage.scan(schema.require_current, storage.db)
     except (Conflict, Unavailable) as exc:
         return JSONResponse({"detail": str(exc)}, 503)
+    if (problem := delivery.problem(request.app.state.worker)) is not None:
+        return JSONResponse({"detail": problem}, 503)
     return JSONResponse({"status": "ready"})
 
 

@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,7 +24,8 @@ from pydantic_core import PydanticCustomError, PydanticUseDefault, from_json, to
 from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
 
-from hookline.webhooks import MASK, MAX_EVENTS, MIN_SECRET, secret_problem
+from hookline.registration import MAX_EVENTS, MIN_SECRET, secret_problem
+from hookline.webhooks import MASK
 
 SECRET_NAMES = ("secret", "headers")  # what a 422 must not echo
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
@@ -71,9 +73,40 @@ Url = Annotated[HttpUrl, BeforeValidator(no_nul), AfterValidator(no_credentials)
 Secret = Annotated[
     str, Field(min_length=MIN_SECRET, max_length=1024), AfterValidator(no_nul), AfterValidator(usable_secret)
 ]
+Seconds = Annotated[float, Field(ge=0.1, le=30 * 86400)]
 Events = Annotated[list[Text], Field(max_length=MAX_EVENTS)]
 Description = Annotated[str, Field(max_length=1000), AfterValidator(no_nul)]
 Headers = Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=20)]
+
+
+def opened(cursor: Any, *kinds: type) -> list[Any]:
+    """What a cursor holds: as many values as kinds, each of its kind."""
+    try:
+        values = json.loads(base64.urlsafe_b64decode(cursor))
+    except (ValueError, TypeError):
+        values = None
+    if not isinstance(values, list) or [type(value) for value in values] != list(kinds):
+        raise PydanticCustomError("cursor", "Cursor should be a next_cursor of this listing")
+    return values
+
+
+def opened_place(cursor: Any) -> tuple[datetime, str]:
+    moment, name = opened(cursor, str, str)
+    try:
+        return datetime.fromisoformat(moment + "Z"), name
+    except ValueError:
+        raise PydanticCustomError("cursor", "Cursor should be a next_cursor of this listing") from None
+
+
+def opened_text(cursor: Any) -> Any:
+    return opened(cursor, str)[0]
+
+
+def opened_number(cursor: Any) -> Any:
+    return opened(cursor, int)[0]
+
+
+Place = Annotated[tuple[datetime, str], BeforeValidator(opened_place)]
 
 
 class Registration(BaseModel):
@@ -122,6 +155,9 @@ class WebhookChanges(WebhookFields):
     description: Description | None = None
     headers: Headers | None = None
     enabled: bool = NOT_GIVEN
+    retry_schedule: Annotated[list[Seconds], Field(min_length=1, max_length=50)] | None = None
+    rate_limit: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    ordered: bool = NOT_GIVEN
 
     def given(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_unset=True)
@@ -134,25 +170,33 @@ class Rotation(WebhookFields):
     overlap_seconds: int = Field(24 * 3600, ge=0, le=30 * 24 * 3600)
 
 
-class Listing(BaseModel):
-    """The query of `GET /api/v1/webhooks`."""
+class NewEvent(BaseModel):
+    """`POST /api/v1/events`. The key may come in the header `Idempotency-Key` instead."""
 
     model_config = ConfigDict(extra="forbid")
 
-    team: Text | None = None
-    event: Text | None = None
-    enabled: bool | None = None
-    limit: int = Field(50, ge=1, le=200)
-    cursor: tuple[datetime, str] | None = None
+    event_type: Annotated[str, Field(min_length=1, max_length=200)]
+    data: dict[str, Any]
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
 
-    @field_validator("cursor", mode="before")
-    @classmethod
-    def opened(cls, value: str) -> tuple[datetime, str]:
-        try:
-            moment, webhook_id = json.loads(base64.urlsafe_b64decode(value))
-            return datetime.fromisoformat(moment + "Z"), str(webhook_id)
-        except (ValueError, TypeError):
-            raise PydanticCustomError("cursor", "Cursor should be a next_cursor of this listing") from None
+
+class Replay(BaseModel):
+    """`POST /api/v1/webhooks/{id}/replay`: of the events from `since` on, those that `failed` to arrive, or `all`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    since: AwareDatetime
+    until: AwareDatetime | None = None
+    status: Literal["failed", "all"] = "failed"
+    dry_run: bool = False
+
+
+class Page(BaseModel):
+    """The query of a listing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(50, ge=1, le=200)
 
     @field_validator("*", mode="before")  # the last one defined is the first one run
     @classmethod
@@ -160,6 +204,37 @@ class Listing(BaseModel):
         if value == "":
             raise PydanticUseDefault()
         return value
+
+
+class Listing(Page):
+    """The query of `GET /api/v1/webhooks`."""
+
+    team: Text | None = None
+    event: Text | None = None
+    enabled: bool | None = None
+    cursor: Place | None = None
+
+
+class EventListing(Page):
+    """The query of `GET /api/v1/events`."""
+
+    event_type: Text | None = None
+    cursor: Place | None = None
+
+
+class Explaining(Page):
+    """The query of `GET /api/v1/events/{event_id}/explain`."""
+
+    cursor: Annotated[str, BeforeValidator(opened_text)] = ""
+
+
+class DeliveryListing(Page):
+    """The query of `GET /api/v1/deliveries`."""
+
+    webhook_id: Text | None = None
+    event_id: Text | None = None
+    status: Literal["pending", "succeeded", "failed", "cancelled"] | None = None
+    cursor: Annotated[int, BeforeValidator(opened_number)] | None = None
 
 
 def body_of(model: type[M], content_type: str | None, body: bytes) -> M:
@@ -246,7 +321,8 @@ def printable(value: Any) -> Any:
     return value.encode(errors="replace").decode()[:2000] if isinstance(value, str) else value
 
 
-def cursor_after(webhook: Mapping[str, Any]) -> str:
-    """The cursor of the page behind this webhook."""
-    place = [webhook["created_at"].replace(tzinfo=None).isoformat(), webhook["webhook_id"]]
-    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
+def cursor_after(row: Mapping[str, Any], *names: str) -> str:
+    """The cursor of the page behind this row, of the fields that the listing is ordered by."""
+    place = [row[name] for name in names]
+    texts = [one.replace(tzinfo=None).isoformat() if isinstance(one, datetime) else one for one in place]
+    return base64.urlsafe_b64encode(json.dumps(texts).encode()).decode()
