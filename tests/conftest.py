@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from peewee import Database
 import models
 from hookline import WebhookManager, schema
 from hookline.storage import open_database
+from settings import Settings
+from tests.receiver import Receiver
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -48,9 +50,16 @@ def manager(db: Database) -> WebhookManager:
     return WebhookManager(db=db)
 
 
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    started = Receiver().start()
+    yield started
+    started.stop()
+
+
 def environment(**settings: str) -> dict[str, str]:
     """The environment of a child process: ours, without any setting of the developer's shell."""
-    ours = ("DATABASE_URL", "HOST", "PORT", "API_KEYS", "ALLOW_ANONYMOUS", "MAX_BODY", "LOG_LEVEL", "WEB_CONCURRENCY")
+    ours = {field.name.upper() for field in fields(Settings)} | {"WEB_CONCURRENCY", "WEBHOOK_SECRET"}
     return {name: value for name, value in os.environ.items() if name not in ours} | settings
 
 
