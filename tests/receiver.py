@@ -1,4 +1,4 @@
-"""A real HTTP receiver for tests, on loopback, in threads of its own: it records what it gets, and misbehaves to order."""
+"""A real HTTP receiver for tests, on loopback, in threads of its own: it records what it gets, or misbehaves."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class Receiver:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 request = Received(self.path, headers, body, time.monotonic())
-                status, more, content = receiver.answers.get(self.path, lambda _: OK)(request)
+                answer = receiver.answers.get(self.path)
+                status, more, content = answer(request) if answer is not None else OK
                 with receiver._changed:
                     receiver.received.append(request)
                     receiver._changed.notify_all()

@@ -1,0 +1,209 @@
+"""Publishing: who gets an event, its exact bytes, idempotency, and the caller's own transaction."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peewee import Database
+
+import hookline
+from hookline import WebhookManager, clock, deliveries, events, history
+from hookline.errors import Conflict, Invalid, TooLarge
+from hookline.events import NewEvent, Outlet, Published, Slots
+from tests.conftest import SECRET, recorded
+
+
+def delivered_to(db: Database, published: Published) -> set[str]:
+    return {row["webhook_id"] for row in deliveries.page(db, event_id=published.event_id, limit=200)}
+
+
+def payload(db: Database, event_id: str) -> str:
+    with db.connection_context():
+        return str(db.execute_sql("SELECT payload FROM events WHERE event_id = ?", (event_id,)).fetchone()[0])
+
+
+def lanes(db: Database) -> list[str]:
+    with db.connection_context():
+        return [row[0] for row in db.execute_sql("SELECT webhook_id FROM lanes").fetchall()]
+
+
+@pytest.mark.parametrize(
+    ("types", "team", "data", "matches"),
+    [
+        (["goal"], None, {}, True),
+        (["goal"], None, {"team": "ne"}, True),
+        (["*"], None, {}, True),
+        (["goal", "*"], None, {}, True),
+        (["other"], None, {}, False),
+        ([], None, {}, False),
+        (["goal"], "ne", {}, False),
+        (["goal"], "ne", {"home_team": "ne"}, True),
+        (["goal"], "ne", {"away_team": "ne"}, True),
+        (["*"], "ne", {"team": "ne"}, True),
+        (["goal"], "ne", {"home_team": "buf", "away_team": "nyj"}, False),
+        (["goal"], "ne", {"home_team": ["ne"]}, False),
+    ],
+)
+def test_a_webhook_gets_its_types_and_its_team(
+    manager: WebhookManager, types: list[str], team: str | None, data: dict[str, Any], matches: bool
+) -> None:
+    webhook_id = manager.register("http://example.com/", types, SECRET, team)
+    published = manager.send_event("goal", data)
+    assert published.deliveries == int(matches)
+    assert delivered_to(manager.db, published) == ({webhook_id} if matches else set())
+
+
+def test_a_disabled_webhook_gets_nothing(manager: WebhookManager) -> None:
+    webhook_id = manager.register("http://example.com/", ["goal"], SECRET)
+    manager.update(webhook_id, {"enabled": False})
+    assert manager.send_event("goal", {}).deliveries == 0
+
+
+@pytest.mark.parametrize("number", range(len(recorded("deliveries.json"))))
+def test_the_body_is_byte_for_byte_what_the_replaced_service_sent(
+    manager: WebhookManager, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    delivery = recorded("deliveries.json")[number]
+    data = json.loads(delivery["body"])
+    event_type = data.pop("event_type")
+    moment = datetime.fromisoformat(delivery["headers"]["X-Webhook-Timestamp"]).replace(tzinfo=UTC)
+    monkeypatch.setattr(clock, "now", lambda: moment)
+    assert payload(manager.db, manager.send_event(event_type, data).event_id) == delivery["body"]
+
+
+def test_publishing_in_the_callers_transaction_is_both_or_neither(manager: WebhookManager, db: Database) -> None:
+    manager.register("http://example.com/", ["order.paid"], SECRET)
+    woken: list[list[int]] = []
+    outlet = Outlet(slots=lambda: Slots(10, 10), wake=lambda leased, until: woken.append(list(leased)))
+    events.attach(db, outlet)
+    with db.connection_context():
+        db.execute_sql("CREATE TABLE orders (id)")
+        with pytest.raises(ZeroDivisionError), db.atomic():
+            db.execute_sql("INSERT INTO orders VALUES (1)")
+            hookline.publish("order.paid", {"id": 1})
+            raise ZeroDivisionError
+        assert woken == []
+        with db.atomic():
+            db.execute_sql("INSERT INTO orders VALUES (2)")
+            published = hookline.publish("order.paid", {"id": 2})
+            assert woken == []  # not before the commit
+    assert woken == [[1]]
+    assert [event["event_id"] for event in history.page(db)] == [published.event_id]
+    assert [row["event_id"] for row in deliveries.page(db)] == [published.event_id]
+
+
+def test_the_same_key_and_content_give_the_first_answer_again(db: Database, manager: WebhookManager) -> None:
+    manager.register("http://example.com/", ["goal"], SECRET)
+    first = hookline.publish("goal", {"n": 1}, "key")
+    assert hookline.publish("goal", {"n": 1}, "key") == first._replace(duplicate=True)
+    for event_type, data in (("goal", {"n": 2}), ("other", {"n": 1})):
+        with pytest.raises(Conflict, match="other content"):
+            hookline.publish(event_type, data, "key")
+    assert len(history.page(db)) == 1
+    assert len(deliveries.page(db)) == 1
+
+
+def test_events_published_together_fail_or_succeed_each_alone(db: Database, manager: WebhookManager) -> None:
+    manager.register("http://example.com/", ["goal"], SECRET)
+    answers = events.publish_all(
+        db,
+        [
+            NewEvent("goal", {"n": 1}, "a"),
+            NewEvent("*", {}),
+            NewEvent("goal", {"n": 1}, "a"),
+            NewEvent("goal", {"n": 2}, "a"),
+            NewEvent("goal", {"n": float("nan")}),
+            NewEvent("goal", {}),
+        ],
+    )
+    kinds = [type(answer) for answer in answers]
+    assert kinds == [Published, Invalid, Published, Conflict, Invalid, Published]
+    assert [answer.duplicate for answer in answers if isinstance(answer, Published)] == [False, True, False]
+    assert len(deliveries.page(db)) == 2
+
+
+@pytest.mark.parametrize(
+    ("event_type", "data"),
+    [("", {}), ("*", {}), ("a\nb", {}), ("ä", {}), ("a", []), ("a", {"x": {1, 2}}), ("a", {1: 2}), ("x" * 201, {})],
+)
+def test_what_cannot_be_an_event_is_refused(manager: WebhookManager, event_type: str, data: Any) -> None:
+    with pytest.raises(Invalid):
+        manager.send_event(event_type, data)
+    assert history.page(manager.db) == []
+
+
+def test_a_payload_over_the_limit_is_refused(db: Database, manager: WebhookManager) -> None:
+    events.attach(db, Outlet(max_payload=1000))
+    frame = len('{"x":"","event_type":"a","timestamp":"2026-11-23T14:30:01.221962"}')
+    with pytest.raises(TooLarge, match="MAX_PAYLOAD"):
+        manager.send_event("a", {"x": "y" * 1000})
+    assert manager.send_event("a", {"x": "y" * (1000 - frame)})
+
+
+async def test_send_event_may_be_awaited_as_the_replaced_one_was(manager: WebhookManager) -> None:
+    published = await manager.send_event("goal", {})
+    assert published.event_type == "goal"
+
+
+def test_deliveries_are_born_leased_as_far_as_there_are_slots(db: Database, manager: WebhookManager) -> None:
+    woken: list[int] = []
+    events.attach(db, Outlet(slots=lambda: Slots(free=3, share=2), wake=lambda leased, _: woken.extend(leased)))
+    ids = [manager.register(f"http://example.com/{n}", ["goal"], SECRET) for n in range(2)]
+    events.publish_all(db, [NewEvent("goal", {})] * 3)
+    assert len(woken) == 3
+    assert sorted(lanes(db)) == sorted(ids)
+    events.publish_all(db, [NewEvent("goal", {})])  # their lanes are due: nothing overtakes what waits
+    assert len(woken) == 3
+
+
+@pytest.mark.parametrize("change", [{"ordered": True}, {"rate_limit": 1.0}])
+def test_order_and_rate_limits_go_through_the_lane(
+    db: Database, manager: WebhookManager, change: dict[str, Any]
+) -> None:
+    woken: list[int] = []
+    events.attach(db, Outlet(slots=lambda: Slots(10, 10), wake=lambda leased, _: woken.extend(leased)))
+    webhook_id = manager.register("http://example.com/", ["goal"], SECRET)
+    manager.update(webhook_id, change)
+    manager.send_event("goal", {})
+    assert woken == []
+    assert lanes(db) == [webhook_id]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(data=st.dictionaries(st.text(), json_values, max_size=4))
+def test_any_json_object_is_stored_as_ascii_that_means_the_same(manager: WebhookManager, data: dict[str, Any]) -> None:
+    stored = payload(manager.db, manager.send_event("any", data).event_id)
+    assert stored.isascii()
+    assert {name: value for name, value in json.loads(stored).items() if name not in ("event_type", "timestamp")} == {
+        name: value for name, value in data.items() if name not in ("event_type", "timestamp")
+    }
+
+
+def test_matching_and_claiming_seek_and_never_scan(db: Database, manager: WebhookManager) -> None:
+    plans: list[str] = []
+
+    def explain(event: Any) -> None:
+        text = event.sql.strip()
+        if text.startswith(("INSERT INTO deliveries", "WITH", "UPDATE deliveries")):
+            rows = db.connection().execute(f"EXPLAIN QUERY PLAN {text}", event.params).fetchall()
+            plans.extend(row[3] for row in rows)
+
+    manager.register("http://example.com/", ["goal"], SECRET)
+    db.query_hooks.append(explain)
+    manager.send_event("goal", {"team": "ne"})
+    db.query_hooks.clear()
+    seeks = [step for step in plans if step.startswith("SEARCH")]
+    assert any("SEARCH s USING PRIMARY KEY (event_type=? AND team=?)" in step for step in seeks), plans
+    assert not [step for step in plans if step.startswith("SCAN") and ("deliveries" in step or step[-2:] == " s")]
