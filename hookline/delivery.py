@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from peewee import Database
 from hookline import clock, events, lanes, policy, signing
 from hookline.egress import Client
 from hookline.errors import Unavailable
+from hookline.events import Leased
 from hookline.lanes import Job, Settled
 from hookline.policy import Rules
 from hookline.storage import Storage
@@ -42,7 +44,8 @@ class Worker:
         self.max_payload = max_payload
         self.beat = time.monotonic()  # when the loop last went round
         self._jobs: dict[int, asyncio.Task[None]] = {}
-        self._of_webhook: Counter[str] = Counter()  # jobs in flight
+        self._held: Counter[str] = Counter()  # deliveries of each webhook that we have, those coming included
+        self._lock = threading.Lock()  # of the two counts: whoever publishes changes them
         self._settled: list[Settled] = []  # what has come back and is not recorded yet
         self._recording: asyncio.Task[None] | None = None
         self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
@@ -84,9 +87,11 @@ class Worker:
         """What we can take now. Asked by whoever publishes, in any thread."""
         return events.Slots(self._free, self.rules.share, self._busy)
 
-    def wake(self, leased: Sequence[int], until: str) -> None:
+    def wake(self, leased: Sequence[Leased], until: str) -> None:
         """Called after the commit of a publish, in any thread."""
-        self._coming += len(leased)
+        with self._lock:
+            self._coming += len(leased)
+            self._held.update(webhook_id for _, webhook_id in leased)
         self._loop.call_soon_threadsafe(self._take, leased, until)
 
     @property
@@ -96,20 +101,23 @@ class Worker:
     @property
     def _busy(self) -> list[str]:
         """The webhooks that have half of our slots."""
-        if len(self._jobs) < self.rules.share:
+        if len(self._jobs) + self._coming < self.rules.share:
             return []
-        return [webhook_id for webhook_id, jobs in list(self._of_webhook.items()) if jobs >= self.rules.share]
+        with self._lock:
+            return [webhook_id for webhook_id, held in self._held.items() if held >= self.rules.share]
 
-    def _take(self, leased: Sequence[int], until: str) -> None:
-        self._coming -= len(leased)
+    def _take(self, leased: Sequence[Leased], until: str) -> None:
         if not leased:
             self._awake.set()
             return
+        jobs: list[Job] = []
         try:
-            jobs = self.storage.read_now(lanes.load, self.db, [(one, until) for one in leased])
+            jobs = self.storage.read_now(lanes.load, self.db, [(delivery_id, until) for delivery_id, _ in leased])
         except Unavailable as exc:
-            log.error("deliveries wait for their lease to run out: %s", exc)
-            return
+            log.error("deliveries wait for their leases to run out: %s", exc)
+        with self._lock:
+            self._coming -= len(leased)
+            self._held.subtract(webhook_id for _, webhook_id in leased)
         for job in jobs:
             self._begin(job)
 
@@ -154,7 +162,7 @@ class Worker:
         self._backlog = bool(busy) or (due is not None and due <= now)
         if due is None or due > now:
             return POLL if due is None else min(POLL, (due - now).total_seconds())
-        jobs = await self.storage.write(lanes.claim, self.db, self.rules, free, dict(self._of_webhook), busy)
+        jobs = await self.storage.write(lanes.claim, self.db, self.rules, free, dict(self._held), busy)
         for job in jobs:
             self._begin(job)
         return 0
@@ -162,7 +170,8 @@ class Worker:
     def _begin(self, job: Job) -> None:
         if job.delivery_id in self._jobs:  # a lease that ran out on us: the one in flight goes on
             return
-        self._of_webhook[job.webhook_id] += 1
+        with self._lock:
+            self._held[job.webhook_id] += 1
         self._jobs[job.delivery_id] = self._loop.create_task(self._deliver(job))
 
     async def _deliver(self, job: Job) -> None:
@@ -234,9 +243,10 @@ class Worker:
 
     def _end(self, job: Job) -> None:
         del self._jobs[job.delivery_id]
-        self._of_webhook[job.webhook_id] -= 1
-        if not self._of_webhook[job.webhook_id]:
-            del self._of_webhook[job.webhook_id]
+        with self._lock:
+            self._held[job.webhook_id] -= 1
+            if not self._held[job.webhook_id]:
+                del self._held[job.webhook_id]
         if self._backlog or job.exclusive:
             self._awake.set()
 

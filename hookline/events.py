@@ -39,6 +39,9 @@ class Slots(NamedTuple):
     busy: Sequence[str] = ()
 
 
+Leased = tuple[int, str]  # delivery_id, webhook_id
+
+
 @dataclass
 class Outlet:
     """How publishing reaches the worker of this process, and what it may take. Set at assembly."""
@@ -46,7 +49,7 @@ class Outlet:
     max_payload: int = 256 * 1024  # bytes
     lease: float = 60  # seconds
     slots: Callable[[], Slots] = Slots
-    wake: Callable[[Sequence[int], str], None] = lambda leased, until: None  # ids leased to this process, until when
+    wake: Callable[[Sequence[Leased], str], None] = lambda leased, until: None  # what this process has, until when
 
 
 _outlets: WeakKeyDictionary[Database, Outlet] = WeakKeyDictionary()
@@ -84,7 +87,7 @@ class Published(NamedTuple):
 
 
 Wanted = tuple[int, str, str, str]  # place, event_id, event_type, team
-Inserted = tuple[int, str, bool]  # delivery_id, event_id, leased
+Inserted = tuple[int, str, str, bool]  # delivery_id, webhook_id, event_id, leased
 
 
 class Draft(NamedTuple):
@@ -207,12 +210,12 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
     for draft in drafts:
         if draft.new.only is not None:
             rows += _insert_one(db, draft.event_id, draft.new.only, at)
-    leased = [delivery_id for delivery_id, _, is_leased in rows if is_leased]
+    leased = [(delivery_id, webhook_id) for delivery_id, webhook_id, _, is_leased in rows if is_leased]
     if len(leased) < len(rows):
         queue(db, "event_id IN (SELECT id FROM {given}) AND NOT leased", sql.ids(draft.event_id for draft in drafts))
     if leased:
         db.after_commit(lambda: outlet.wake(leased, lost))
-    return Counter(event_id for _, event_id, _ in rows)
+    return Counter(event_id for _, _, event_id, _ in rows)
 
 
 def _insert_matching(db: Database, wanted: Sequence[Wanted], slots: Slots, at: str, lost: str) -> list[Inserted]:
@@ -239,7 +242,7 @@ def _insert_matching(db: Database, wanted: Sequence[Wanted], slots: Slots, at: s
             ) AS matched
         ) AS placed
         ORDER BY place
-        RETURNING delivery_id, event_id, leased"""
+        RETURNING delivery_id, webhook_id, event_id, leased"""
     parameters = (lost, IN_ORDER, at, at, slots.free, slots.share, at, at, sql.ids(slots.busy), sql.parameter(wanted))
     return list(db.execute_sql(statement, parameters).fetchall())
 
@@ -247,7 +250,7 @@ def _insert_matching(db: Database, wanted: Sequence[Wanted], slots: Slots, at: s
 def _insert_one(db: Database, event_id: str, webhook_id: str, at: str) -> list[Inserted]:
     columns = "webhook_id, event_id, leased, next_attempt_at, created_at"
     values = f"{db.param}, {db.param}, FALSE, {sql.moment(db)}, {sql.moment(db)}"
-    insert = f"INSERT INTO deliveries ({columns}) VALUES ({values}) RETURNING delivery_id, event_id, leased"
+    insert = f"INSERT INTO deliveries ({columns}) VALUES ({values}) RETURNING delivery_id, webhook_id, event_id, leased"
     return list(db.execute_sql(insert, (webhook_id, event_id, at, at)).fetchall())
 
 

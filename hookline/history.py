@@ -12,7 +12,7 @@ from peewee import Database, Tuple, fn
 from hookline import clock, deliveries, events, sql
 from hookline.errors import Conflict, NotFound
 from hookline.storage import connected, transaction
-from models import IN_ORDER, Delivery, Event, Status, Webhook, stored_time
+from models import IN_ORDER, Delivery, Event, Status, Webhook, read_time, stored_time
 
 UNDELIVERED = (Status.FAILED, Status.CANCELLED)
 
@@ -107,6 +107,14 @@ def replay(
             condition = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
             events.queue(db, condition, sql.ids([webhook_id]), open_now=True)
         return restarted + len(missed)
+
+
+def first_missed(db: Database, webhook_id: str, began: datetime) -> datetime:
+    """The time of the first event whose delivery ended undelivered from `began` on, at the latest `began` itself."""
+    query = Event.select(fn.MIN(Event.created_at)).join(Delivery, on=(Delivery.event == Event.event_id))
+    lost = query.where(Delivery.webhook == webhook_id, Delivery.status.in_(UNDELIVERED), Delivery.finished_at >= began)
+    first = read_time(lost.scalar(db))
+    return began if first is None else min(first, began)
 
 
 def _missed(db: Database, webhook: Row, since: datetime, until: datetime | None) -> list[str]:

@@ -354,8 +354,9 @@ def sweep(db: Database) -> int:
         INSERT INTO lanes (webhook_id, due_at, failures) SELECT id, {sql.moment(db)}, 0 FROM first
         WHERE due <= {sql.moment(db)}
         ON CONFLICT (webhook_id) DO UPDATE SET due_at = excluded.due_at
-        WHERE lanes.due_at > excluded.due_at AND (lanes.open_at IS NULL OR lanes.open_at <= excluded.due_at)"""
-    return int(db.execute_sql(statement, (now, now)).rowcount)
+        WHERE lanes.due_at > excluded.due_at AND (lanes.open_at IS NULL OR lanes.open_at <= excluded.due_at)
+        RETURNING webhook_id"""
+    return len(db.execute_sql(statement, (now, now)).fetchall())
 
 
 def rewind(db: Database, lease: float) -> None:

@@ -229,10 +229,11 @@ class WebhookManager:
         return {"disabled_at": clock.now(), "disabled_reason": "disabled by request"}
 
     def _missing_since(self, webhook_id: str) -> datetime | None:
+        """The time of the first event that it did not get since it began to fail, or since it was disabled."""
         query = Webhook.select(Webhook.failing_since, Webhook.disabled_at).where(Webhook.webhook_id == webhook_id)
         failing_since, disabled_at = query.tuples().bind(self.db).execute()[0]
-        moment: datetime | None = failing_since or disabled_at
-        return moment
+        began: datetime | None = failing_since or disabled_at
+        return began and history.first_missed(self.db, webhook_id, began)
 
     def send_event(self, event_type: str, event_data: Mapping[str, Any]) -> Published:
         """Store an event and a delivery of it to every matching webhook. Raises Invalid, TooLarge, Unavailable.

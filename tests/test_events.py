@@ -78,7 +78,7 @@ def test_the_body_is_byte_for_byte_what_the_replaced_service_sent(
 
 def test_publishing_in_the_callers_transaction_is_both_or_neither(manager: WebhookManager, db: Database) -> None:
     manager.register("http://example.com/", ["order.paid"], SECRET)
-    woken: list[list[int]] = []
+    woken: list[list[events.Leased]] = []
     outlet = Outlet(slots=lambda: Slots(10, 10), wake=lambda leased, until: woken.append(list(leased)))
     events.attach(db, outlet)
     with db.connection_context():
@@ -92,7 +92,7 @@ def test_publishing_in_the_callers_transaction_is_both_or_neither(manager: Webho
             db.execute_sql("INSERT INTO orders VALUES (2)")
             published = hookline.publish("order.paid", {"id": 2})
             assert woken == []  # not before the commit
-    assert woken == [[1]]
+    assert [[one for one, _ in leased] for leased in woken] == [[1]]
     assert [event["event_id"] for event in history.page(db)] == [published.event_id]
     assert [row["event_id"] for row in deliveries.page(db)] == [published.event_id]
 
@@ -151,7 +151,7 @@ async def test_send_event_may_be_awaited_as_the_replaced_one_was(manager: Webhoo
 
 
 def test_deliveries_are_born_leased_as_far_as_there_are_slots(db: Database, manager: WebhookManager) -> None:
-    woken: list[int] = []
+    woken: list[events.Leased] = []
     events.attach(db, Outlet(slots=lambda: Slots(free=3, share=2), wake=lambda leased, _: woken.extend(leased)))
     ids = [manager.register(f"http://example.com/{n}", ["goal"], SECRET) for n in range(2)]
     events.publish_all(db, [NewEvent("goal", {})] * 3)
@@ -165,7 +165,7 @@ def test_deliveries_are_born_leased_as_far_as_there_are_slots(db: Database, mana
 def test_order_and_rate_limits_go_through_the_lane(
     db: Database, manager: WebhookManager, change: dict[str, Any]
 ) -> None:
-    woken: list[int] = []
+    woken: list[events.Leased] = []
     events.attach(db, Outlet(slots=lambda: Slots(10, 10), wake=lambda leased, _: woken.extend(leased)))
     webhook_id = manager.register("http://example.com/", ["goal"], SECRET)
     manager.update(webhook_id, change)
