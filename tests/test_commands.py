@@ -1,0 +1,107 @@
+"""The commands around delivery, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hookline import signing
+from tests.conftest import ROOT, SECRET, environment, free_port, manage, running
+from tests.receiver import Receiver
+
+LOOPBACK = "127.0.0.0/8"
+
+
+def test_a_worker_of_its_own_delivers_what_the_web_process_accepts(tmp_path: Path, receiver: Receiver) -> None:
+    database = tmp_path / "webhooks.db"
+    with running(database, RUN_WORKER="false") as server:
+        server.register(url=f"{receiver.url}/hook")
+        env = environment(DATABASE_URL=f"sqlite:///{database}", ALLOWED_NETWORKS=LOOPBACK)
+        command = [sys.executable, str(ROOT / "manage.py"), "worker"]
+        worker = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        try:
+            accepted = server.client.post("/api/v1/events", json={"event_type": "game_started", "data": {"team": "ne"}})
+            assert accepted.status_code == 202
+            (got,) = receiver.wait_for(1)
+            assert got.event_id == accepted.json()["event_id"]
+        finally:
+            worker.send_signal(signal.SIGTERM)
+            assert "Hookline delivers" in worker.communicate(timeout=15)[0]
+            assert worker.returncode == 0
+
+
+def test_publish_stores_an_event_once_for_its_key(tmp_path: Path) -> None:
+    database = tmp_path / "webhooks.db"
+    manage(database, "migrate", "up")
+    first, again = (manage(database, "publish", "goal", '{"n": 1}', "--idempotency-key", "k") for _ in range(2))
+    assert re.fullmatch(r"evt_\S+: 0 deliveries\n", first.stdout)
+    assert again.stdout == first.stdout.strip() + ", published before\n"
+    for data, reason in (("{", "DATA is not JSON"), ("[]", "data must be an object")):
+        wrong = manage(database, "publish", "goal", data)
+        assert wrong.returncode == 1
+        assert reason in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def signed_headers(body: bytes, at: int) -> list[str]:
+    headers = signing.headers(
+        [SECRET], webhook_id="w", event_id="evt_1", event_type="goal", event_time="t", timestamp=at, body=body
+    )
+    return [part for name, value in headers.items() for part in ("--header", f"{name}: {value}")]
+
+
+@pytest.mark.parametrize(
+    ("body", "secret", "age", "answer"),
+    [
+        (b'{"n":1}', SECRET, 0, "it holds\n"),
+        (b'{"n": 1}', SECRET, 0, "it does not hold: the body was parsed and written again"),
+        (b'{"n":2}', SECRET, 0, "it does not hold: it was signed with another secret, or the body"),
+        (b'{"n":1}', "another-secret-16", 0, "it does not hold: it was signed with another secret"),
+        (b'{"n":1}', SECRET, 900, "it does not hold: the signature holds, but it was made 900 s ago"),
+    ],
+)
+def test_verify_names_why_a_signature_does_not_hold(
+    tmp_path: Path, body: bytes, secret: str, age: int, answer: str
+) -> None:
+    file = tmp_path / "body"
+    file.write_bytes(body)
+    arguments = ["verify", str(file), *signed_headers(b'{"n":1}', 1_700_000_000), "--at", str(1_700_000_000 + age)]
+    done = manage(tmp_path / "none.db", *arguments, WEBHOOK_SECRET=secret)
+    assert done.stdout.startswith(answer)
+    assert done.returncode == int(answer != "it holds\n")
+    assert secret not in done.stdout + done.stderr
+
+
+def test_listen_prints_each_delivery_and_whether_its_signature_holds(tmp_path: Path) -> None:
+    port = free_port()
+    env = environment(WEBHOOK_SECRET=SECRET) | {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "manage.py"), "listen", "--port", str(port)]
+    listener = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert listener.stdout is not None
+    try:
+        assert "listening" in listener.stdout.readline()
+        with running(tmp_path / "webhooks.db", ALLOWED_NETWORKS=LOOPBACK) as server:
+            server.register(url=f"http://127.0.0.1:{port}/hook")
+            server.client.post("/api/v1/events", json={"event_type": "game_started", "data": {"team": "ne"}})
+            assert listener.stdout.readline().startswith('game_started: {"team":"ne","event_type"')
+            assert listener.stdout.readline() == "  signature: holds\n"
+    finally:
+        os.kill(listener.pid, signal.SIGINT)
+        listener.wait(15)
+        listener.stdout.close()
+
+
+def test_an_import_warns_of_addresses_that_the_guard_refuses(tmp_path: Path) -> None:
+    database, file = tmp_path / "webhooks.db", tmp_path / "webhooks.json"
+    entry = '{"url": "http://192.168.1.5:8123/hook", "events": ["a"], "secret": "0123456789abcdef"}'
+    file.write_text(f'{{"one": {entry}}}')
+    manage(database, "migrate", "up")
+    warned = manage(database, "import", str(file), "--dry-run")
+    assert "one: it will not be delivered to: 192.168.1.5" in warned.stderr
+    assert "ALLOWED_NETWORKS" in warned.stderr
+    assert manage(database, "import", str(file), ALLOWED_NETWORKS="192.168.0.0/16").stderr == ""
