@@ -55,12 +55,15 @@ def test_every_dependency_is_justified() -> None:
 
 def test_the_commands_of_the_first_screen_work(server: Server) -> None:
     curls = re.findall(r"^    curl (.*)$", README, re.MULTILINE)
-    assert len(curls) == 2
-    first, second = (shlex.split(curl) for curl in curls)
-    path = first[0].removeprefix("http://127.0.0.1:8005")
-    answer = server.client.post(
-        path, content=first[first.index("-d") + 1], headers={"Content-Type": "application/json"}
-    )
-    assert answer.status_code == 201
-    listed = server.client.get(second[0].removeprefix("http://127.0.0.1:8005")).json()["data"]
-    assert [webhook["webhook_id"] for webhook in listed] == [answer.json()["webhook_id"]]
+    register, publish, look = (shlex.split(curl) for curl in curls)
+    answers = [
+        server.client.post(
+            command[0].removeprefix("http://127.0.0.1:8005"),
+            content=command[command.index("-d") + 1],
+            headers={"Content-Type": "application/json"},
+        )
+        for command in (register, publish)
+    ]
+    assert [answer.status_code for answer in answers] == [201, 202]
+    listed = server.client.get(look[0].removeprefix("http://127.0.0.1:8005")).json()["data"]
+    assert [delivery["event_id"] for delivery in listed] == [answers[1].json()["event_id"]]
