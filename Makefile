@@ -20,7 +20,7 @@ run: .venv/.run
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
 
 lint: install
 	$(BIN)/ruff check .

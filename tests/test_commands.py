@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hookline import signing
-from tests.conftest import ROOT, SECRET, environment, free_port, manage, running
+from tests.conftest import ROOT, SECRET, environment, free_port, make_migrated, manage, running
 from tests.receiver import Receiver
 
 LOOPBACK = "127.0.0.0/8"
@@ -38,7 +38,7 @@ def test_a_worker_of_its_own_delivers_what_the_web_process_accepts(tmp_path: Pat
 
 def test_publish_stores_an_event_once_for_its_key(tmp_path: Path) -> None:
     database = tmp_path / "webhooks.db"
-    manage(database, "migrate", "up")
+    make_migrated(database)
     first, again = (manage(database, "publish", "goal", '{"n": 1}', "--idempotency-key", "k") for _ in range(2))
     assert re.fullmatch(r"evt_\S+: 0 deliveries\n", first.stdout)
     assert again.stdout == first.stdout.strip() + ", published before\n"
@@ -100,7 +100,7 @@ def test_an_import_warns_of_addresses_that_the_guard_refuses(tmp_path: Path) -> 
     database, file = tmp_path / "webhooks.db", tmp_path / "webhooks.json"
     entry = '{"url": "http://192.168.1.5:8123/hook", "events": ["a"], "secret": "0123456789abcdef"}'
     file.write_text(f'{{"one": {entry}}}')
-    manage(database, "migrate", "up")
+    make_migrated(database)
     warned = manage(database, "import", str(file), "--dry-run")
     assert "one: it will not be delivered to: 192.168.1.5" in warned.stderr
     assert "ALLOWED_NETWORKS" in warned.stderr

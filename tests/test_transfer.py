@@ -18,7 +18,7 @@ from hookline import WebhookManager, schema
 from hookline.errors import Invalid, Unavailable
 from hookline.storage import open_database
 from hookline.transfer import Report, export_file, import_file
-from tests.conftest import DATA, manage
+from tests.conftest import DATA, make_migrated, manage
 
 SECRET = "a-secret-that-no-one-may-see"
 ENTRY: dict[str, Any] = {
@@ -211,7 +211,7 @@ def test_the_command_reports_and_refuses_without_a_traceback(tmp_path: Path, fil
     database = tmp_path / "webhooks.db"
     pending = manage(database, "import", str(file))
     assert (pending.returncode, "migrate up" in pending.stderr) == (1, True)
-    manage(database, "migrate", "up")
+    make_migrated(database)
     dry = manage(database, "import", str(file), "--dry-run")
     assert dry.stdout == "would import: 26 new, 0 updated, 0 unchanged, 0 invalid\n"
     assert "imported: 26 new" in manage(database, "import", str(file)).stdout
