@@ -8,10 +8,10 @@ import sqlite3
 import sys
 from datetime import UTC, datetime
 
-from benchmarks import http, scale, startup, transfer
+from benchmarks import deliver, http, scale, startup, transfer
 from benchmarks.report import HEADER
 
-ALL = {"http": http.run, "transfer": transfer.run, "scale": scale.run, "startup": startup.run}
+ALL = {"http": http.run, "transfer": transfer.run, "scale": scale.run, "startup": startup.run, "deliver": deliver.run}
 
 
 def main() -> None:

@@ -1,0 +1,237 @@
+"""Publishing and delivering: rates against a bare aiohttp loop, and what size, hanging endpoints and backlogs cost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from peewee import Database
+
+import models
+from benchmarks import server
+from benchmarks.delivering import DATA
+from benchmarks.report import Figure
+from hookline import WebhookManager, events, lanes
+from hookline.delivery import Worker
+from hookline.egress import Client
+from hookline.events import NewEvent
+from hookline.policy import Rules
+from hookline.storage import Storage, open_database
+from models import stored_time
+
+SECRET = "a-secret-of-enough-characters"
+TARGETS = {"1": ">= 0.36", "10": ">= 0.57"}
+BACKLOG = 100_000  # deliveries behind the endpoint that hangs
+HEALTHY = 300  # events to the healthy one
+SIZES = (1_000, 1_000_000)  # webhooks, and pending deliveries
+REPEAT = 200
+
+
+def run() -> list[Figure]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {server.SERVER_CORE})
+    try:
+        return [*delivered(), *published(), *latencies(), *healthy(), *claims()]
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def delivered() -> Iterator[Figure]:
+    """Deliveries per second, published and delivered by one process on one core."""
+    with tempfile.TemporaryDirectory(dir=server.DISK) as name, sink() as port:
+        database = server.migrated(Path(name))
+        command = [sys.executable, "-m", "benchmarks.delivering", str(database), str(port)]
+        done = subprocess.run(command, cwd=server.ROOT, check=True, capture_output=True, text=True)
+    rounds = [json.loads(line) for line in done.stdout.splitlines()][1:]  # the first warms up
+    bare = statistics.median(one["bare"] for one in rounds)
+    for fan_out, target in TARGETS.items():
+        rate = statistics.median(one[fan_out] for one in rounds)
+        ratio = statistics.median(one[fan_out] / one["bare"] for one in rounds)
+        yield Figure(f"deliveries, fan-out {fan_out}", f"{rate:,.0f}/s", f"bare aiohttp: {bare:,.0f}/s", ratio, target)
+
+
+def published() -> Iterator[Figure]:
+    """Events per second, durable, nobody delivering, against inserting the same rows with raw SQL."""
+    for fan_out, count in ((1, 4000), (10, 1000), (1000, 20)):
+        with fresh() as db:
+            manager = WebhookManager(db=db)
+            for number in range(fan_out):
+                manager.register(f"https://example.com/{number}", ["goal"], SECRET)
+            ours = count / timed(lambda db=db, count=count: publish_groups(db, count))  # type: ignore[misc]
+        floor = count / timed(lambda fan_out=fan_out, count=count: insert_groups(fan_out, count))  # type: ignore[misc]
+        against = f"raw executemany: {floor:,.0f}/s"
+        yield Figure(f"events, fan-out {fan_out:,}", f"{ours:,.0f}/s", against, ours / floor, ">= 0")
+
+
+def publish_groups(db: Database, count: int, group: int = 20) -> None:
+    for _ in range(count // group):
+        events.publish_all(db, [NewEvent("goal", DATA)] * group)
+
+
+def insert_groups(fan_out: int, count: int, group: int = 20) -> None:
+    """The floor: the same rows and indexes, without matching."""
+    with tempfile.TemporaryDirectory(dir=server.DISK) as name:
+        db = sqlite3.connect(server.migrated(Path(name)), isolation_level=None)
+        for pragma in ("journal_mode = wal", "synchronous = full"):
+            db.execute(f"PRAGMA {pragma}")
+        payload, now = json.dumps(DATA), stored_time(datetime.now(UTC))
+        for number in range(count):
+            if number % group == 0:
+                db.execute("BEGIN IMMEDIATE")
+            event_id = f"evt_{number:036}"
+            db.execute("INSERT INTO events VALUES (?, 'goal', ?, NULL, ?)", (event_id, payload, now))
+            rows = ((f"{one:036}", event_id, now, now) for one in range(fan_out))
+            insert = "INSERT INTO deliveries (webhook_id, event_id, next_attempt_at, created_at) VALUES (?, ?, ?, ?)"
+            db.executemany(insert, rows)
+            if number % group == group - 1:
+                db.execute("COMMIT")
+        db.close()
+
+
+def latencies() -> Iterator[Figure]:
+    """The median of publishing one event to 10 matching webhooks, among few and among many."""
+    small, large = (publish_latency(size) for size in SIZES)
+    against = f"at {SIZES[0]:,}: {small * 1e3:.2f} ms"
+    yield Figure(f"publish at {SIZES[1]:,} webhooks", f"{large * 1e3:.2f} ms", against, large / small, "<= 1.5")
+
+
+def publish_latency(webhooks: int) -> float:
+    with fresh() as db:
+        fill(db, webhooks, matching=10)
+        return median_of(lambda: events.publish_all(db, [NewEvent("goal", {**DATA, "home_team": "t"})]))
+
+
+def claims() -> Iterator[Figure]:
+    """The median of claiming 100 deliveries of the due lanes, with few and with many pending."""
+    small, large = (claim_time(size) for size in SIZES)
+    against = f"at {SIZES[0]:,}: {small * 1e3:.2f} ms"
+    yield Figure(f"claim at {SIZES[1]:,} pending", f"{large * 1e3:.2f} ms", against, large / small, "<= 1.5")
+
+
+def claim_time(pending: int) -> float:
+    with fresh() as db:
+        fill(db, 10, matching=10)
+        backlog(db, pending)
+
+        def claim() -> None:
+            with db.connection_context(), db.atomic() as transaction:
+                assert len(lanes.claim(db, Rules(), 100, {}, [])) == 100
+                transaction.rollback()
+
+        return median_of(claim)
+
+
+def healthy() -> Iterator[Figure]:
+    """The p95, from publish to arrival settled, of a healthy endpoint beside one that hangs with a backlog."""
+    alone, beside = (uvloop.run(healthy_p95(hanging)) for hanging in (False, True))
+    against = f"alone: {alone * 1e3:.1f} ms"
+    claim = f"healthy p95 beside {BACKLOG:,} behind a hanging endpoint"
+    yield Figure(claim, f"{beside * 1e3:.1f} ms", against, beside / alone, "<= 1.5")
+
+
+async def healthy_p95(hanging: bool) -> float:
+    with fresh() as db, sink() as port, sink("hang") as hang_port:
+        manager = WebhookManager(db=db)
+        good = manager.register(f"http://127.0.0.1:{port}/", ["good"], SECRET)
+        if hanging:
+            manager.register(f"http://127.0.0.1:{hang_port}/", ["goal"], SECRET)
+            backlog(db, BACKLOG)
+        storage = Storage(db)
+        worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=2), Rules(timeout=2))
+        await storage.start()
+        await worker.start()
+        await asyncio.sleep(1)  # the hanging one has taken the slots it gets
+        times = [await round_trip(storage, manager, good) for _ in range(HEALTHY)]
+        await worker.stop(grace=0)
+        await storage.stop()
+    return statistics.quantiles(times, n=20)[-1]
+
+
+async def round_trip(storage: Storage, manager: WebhookManager, webhook_id: str) -> float:
+    """Seconds from publishing one event to its delivery recorded as succeeded."""
+    before = (await storage.read(manager.get, webhook_id))["total_calls"]
+    start = time.perf_counter()
+    await storage.write(manager.send_event, "good", DATA)
+    while (await storage.read(manager.get, webhook_id))["total_calls"] == before:
+        await asyncio.sleep(0.0005)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def sink(*arguments: str) -> Iterator[int]:
+    """A receiver on the other core; gives its port."""
+    command = [sys.executable, "-m", "benchmarks.sink", *arguments]
+    process = subprocess.Popen(command, cwd=server.ROOT, stdout=subprocess.PIPE, text=True)
+    os.sched_setaffinity(process.pid, {server.LOAD_CORE})
+    assert process.stdout is not None
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def fresh() -> Iterator[Database]:
+    """A new database on disk, bound to the models."""
+    with tempfile.TemporaryDirectory(dir=server.DISK) as name:
+        db = open_database(f"sqlite:///{server.migrated(Path(name))}")
+        models.db.initialize(db)
+        yield db
+        db.close_all()  # type: ignore[attr-defined]
+
+
+def fill(db: Database, webhooks: int, matching: int) -> None:
+    """Webhooks of many teams, `matching` of which get the type `goal` of the team `t`."""
+    rows = []
+    for number in range(webhooks):
+        event, team = ("goal", "t") if number < matching else ("goal", f"team{number % 1000}")
+        rows.append((str(uuid.UUID(int=number + 1)), event, team, stored_time(datetime.now(UTC))))
+    with db.connection_context(), db.atomic():
+        db.connection().executemany(
+            "INSERT INTO webhooks (webhook_id, url, events, secret, team, created_at) "
+            "VALUES (?1, 'https://example.com/', json_array(?2), 'a-secret-of-enough-characters', ?3, ?4)",
+            rows,
+        )
+        subscriptions = sorted((event, team, webhook_id) for webhook_id, event, team, _ in rows)
+        db.connection().executemany("INSERT INTO subscriptions VALUES (?, ?, ?)", subscriptions)
+
+
+def backlog(db: Database, pending: int) -> None:
+    """This many due deliveries, spread over the webhooks subscribed to `goal`, and their lanes."""
+    past = datetime.now(UTC) - timedelta(hours=1)
+    with db.connection_context(), db.atomic():
+        ids = [row[0] for row in db.execute_sql("SELECT webhook_id FROM subscriptions WHERE event_type = 'goal'")]
+        connection, now = db.connection(), stored_time(past)
+        each = pending // len(ids)
+        payload = json.dumps({**DATA, "event_type": "goal", "timestamp": "2026-11-23T14:30:01"})
+        events_ = [(f"evt_{number:036}", payload, now) for number in range(each)]
+        connection.executemany("INSERT INTO events VALUES (?, 'goal', ?, NULL, ?)", events_)
+        insert = "INSERT INTO deliveries (webhook_id, event_id, next_attempt_at, created_at) VALUES (?, ?, ?, ?)"
+        connection.executemany(insert, ((one, event[0], now, now) for event in events_ for one in ids))
+        connection.executemany("INSERT INTO lanes (webhook_id, due_at) VALUES (?, ?)", ((one, now) for one in ids))
+
+
+def timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def median_of(work: Callable[[], Any]) -> float:
+    return statistics.median(timed(work) for _ in range(REPEAT))
