@@ -160,7 +160,7 @@ def export_command(db: Database, file: Path) -> None:
 @with_database
 def worker(db: Database) -> None:
     """Deliver, until it is told to stop (SIGTERM, Ctrl-C). Any number of workers may share one database."""
-    from app import worker_of  # only here: the web server is not needed otherwise
+    from app import quiet_gc, worker_of  # only here: the web server is not needed otherwise
 
     schema.require_current(db)
     config = settings.load()
@@ -174,6 +174,7 @@ def worker(db: Database) -> None:
         delivering = worker_of(config, storage)
         await storage.start()
         await delivering.start()
+        quiet_gc()
         click.echo("Hookline delivers")
         await stopped.wait()
         await delivering.stop()

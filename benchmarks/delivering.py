@@ -18,6 +18,7 @@ import uvloop
 from peewee import Database
 
 import models
+from app import quiet_gc
 from hookline import WebhookManager, events
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -94,6 +95,7 @@ async def main() -> None:
     worker = Worker(storage, client, Rules(concurrency=CONCURRENCY))
     await storage.start()
     await worker.start()
+    quiet_gc()
     for _ in range(ROUNDS + 1):
         figures = {"bare": await bare(url), **{str(fan_out): await ours(storage, fan_out) for fan_out in EVENTS}}
         print(json.dumps(figures), flush=True)

@@ -131,15 +131,18 @@ class Client:
         """One attempt."""
         started_at, start = clock.now(), time.perf_counter()
         try:
-            async with self._session.post(parsed(url), data=body, headers=headers, allow_redirects=False) as answer:
+            answer = await self._session.post(parsed(url), data=body, headers=headers, allow_redirects=False)
+            try:
                 kept = await self._beginning(answer)
-                found: dict[str, Any] = {
-                    "status_code": answer.status,
-                    "response": kept.decode(errors="replace").replace("\0", "\ufffd"),
-                    "retry_after": retry_after(answer.headers.get("Retry-After"), started_at),
-                }
-                if answer.status >= 300:
-                    found["error"] = sentence_for_status(answer.status)
+            finally:
+                answer.release()
+            found: dict[str, Any] = {
+                "status_code": answer.status,
+                "response": kept.decode(errors="replace").replace("\0", "\ufffd"),
+            }
+            if answer.status >= 300:
+                found["error"] = sentence_for_status(answer.status)
+                found["retry_after"] = retry_after(answer.headers.get("Retry-After"), started_at)
         except Exception as exc:
             found = {"error": self._sentence_for(exc)}
         return Result(started_at, round((time.perf_counter() - start) * 1000), **found)
