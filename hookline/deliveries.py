@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from peewee import JOIN, Database, fn
+from peewee import JOIN, Database
 
 from hookline import clock, events, sql
 from hookline.errors import Conflict, NotFound
@@ -189,9 +189,9 @@ def _waiting(db: Database, row: Row) -> tuple[str | None, datetime | None]:
 
 
 def _is_behind_another(db: Database, row: Row) -> bool:
-    first = Delivery.select(fn.MIN(Delivery.delivery_id)).where(
-        Delivery.webhook == row["webhook_id"], Delivery.status == Status.PENDING
-    )
+    waiting = Delivery.select(Delivery.delivery_id)
+    waiting = waiting.where(Delivery.webhook == row["webhook_id"], Delivery.status == Status.PENDING)
+    first = waiting.order_by(Delivery.next_attempt_at, Delivery.delivery_id).limit(1)  # as they are claimed
     return bool(first.scalar(db) != row["delivery_id"])
 
 

@@ -139,6 +139,9 @@ class Worker:
             except Unavailable as exc:
                 log.error("cannot look for deliveries: %s", exc)
                 wait = POLL
+            except Exception:  # whatever it is, the loop must outlive it
+                log.exception("looking for deliveries failed")
+                wait = POLL
             if wait:
                 await self._sleep(wait)
 

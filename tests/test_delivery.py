@@ -342,6 +342,26 @@ async def test_a_deleted_webhook_takes_its_deliveries_with_it_even_in_flight(
     assert [one["status"] for one in deliveries.page(db)] == ["succeeded"]
 
 
+async def test_the_worker_outlives_whatever_goes_wrong_in_a_round(
+    db: Database, manager: WebhookManager, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
+    manager.send_event("goal", {})
+    failed = threading.Event()
+    claim = lanes.claim
+
+    def fails_once(*arguments: Any) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise RuntimeError("unforeseen")
+        return claim(*arguments)
+
+    monkeypatch.setattr(lanes, "claim", fails_once)
+    async with working(db):
+        await until(ended(db))
+    assert failed.is_set() and len(receiver.received) == 1
+
+
 async def test_the_counters_outlive_the_process(db: Database, manager: WebhookManager, receiver: Receiver) -> None:
     webhook_id = manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
     for total in (1, 2):
