@@ -51,6 +51,8 @@ class Worker:
         self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
         self._backlog = False  # is more due than we had slots for?
         self._stopping = False
+        self._next_sweep = 0.0  # of time.monotonic()
+        self._offset = time.time() - time.monotonic()  # of the wall clock, to notice that it went back
 
     @property
     def db(self) -> Database:
@@ -79,8 +81,11 @@ class Worker:
         await asyncio.gather(*left.values(), return_exceptions=True)
         if self._recording is not None:
             await self._recording
-        if left:
-            await self.storage.write(lanes.release, self.db, list(left))
+        try:
+            if left:
+                await self.storage.write(lanes.release, self.db, list(left))
+        except Unavailable as exc:
+            log.error("%s deliveries wait for their leases to run out: %s", len(left), exc)
         await self.client.close()
 
     def slots(self) -> events.Slots:
@@ -122,19 +127,10 @@ class Worker:
             self._begin(job)
 
     async def _run(self) -> None:
-        swept = rewound = 0.0
-        offset = time.time() - time.monotonic()
         while not self._stopping:
-            self.beat = now = time.monotonic()
+            self.beat = time.monotonic()
             try:
-                rewound = time.time() - now - offset
-                offset = time.time() - now
-                if rewound < -JUMP:
-                    log.warning("the clock went back by %.0f s", -rewound)
-                    await self.storage.write(lanes.rewind, self.db, self.rules.lease)
-                if now - swept >= self.rules.lease / 2 or swept == 0:
-                    swept = now
-                    await self.storage.write(lanes.sweep, self.db)
+                await self._heal()
                 wait = await self._step()
             except Unavailable as exc:
                 log.error("cannot look for deliveries: %s", exc)
@@ -144,6 +140,18 @@ class Worker:
                 wait = POLL
             if wait:
                 await self._sleep(wait)
+
+    async def _heal(self) -> None:
+        """Find the leases that ran out, every half lease, and mend what a clock that went back would hold up."""
+        now = time.monotonic()
+        went_back = self._offset - (time.time() - now)
+        if went_back > JUMP:
+            log.warning("the clock went back by %.0f s", went_back)
+            await self.storage.write(lanes.rewind, self.db, self.rules.lease)
+        self._offset = time.time() - now
+        if now >= self._next_sweep:
+            await self.storage.write(lanes.sweep, self.db)
+            self._next_sweep = now + self.rules.lease / 2
 
     async def _sleep(self, seconds: float) -> None:
         try:
