@@ -25,18 +25,7 @@ from hookline.registration import check_text
 from hookline.storage import connected, transaction
 from models import read_time, stored_time
 
-FIELDS = [
-    "url",
-    "events",
-    "secret",
-    "team",
-    "created_at",
-    "total_calls",
-    "failed_calls",
-    "last_success",
-    "last_failure",
-    "enabled",
-]
+FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()
 FIELD_SET = frozenset(FIELDS)
 OLD_NAMES = {
     "event_types": "events",
@@ -100,11 +89,7 @@ def import_file(
     rows, report = parse(content, progress or silent)
     if report.problems and not skip_invalid:
         raise Invalid(f"{path}: nothing was imported, {report.invalid} entries are invalid", report.problems)
-    report.warnings = [
-        f"{row['webhook_id']}: it will not be delivered to: {refusal}"
-        for row in rows
-        if (refusal := literal_refusal(row["url"], allowed))
-    ]
+    report.warnings = refusals(rows, allowed)
     with connected(db):
         if dry_run:
             compare(rows, stored(db), report)
@@ -114,6 +99,19 @@ def import_file(
             new, updated = compare(rows, stored(db), report)
             write(db, new, updated, progress or silent)
     return report
+
+
+def refusals(rows: Iterable[Row], allowed: Sequence[Network]) -> list[str]:
+    """What the egress guard will say, asked once for each host."""
+    answers: dict[str, str | None] = {}
+    warnings = []
+    for row in rows:
+        host = row["url"].split("/", 3)[2]
+        if host not in answers:
+            answers[host] = literal_refusal(row["url"], allowed)
+        if answers[host]:
+            warnings.append(f"{row['webhook_id']}: it will not be delivered to: {answers[host]}")
+    return warnings
 
 
 def export_file(db: Database, path: Path, progress: Progress | None = None) -> int:
