@@ -25,7 +25,7 @@ from hookline.registration import check_text
 from hookline.storage import connected, transaction
 from models import read_time, stored_time
 
-FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()
+FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()  # noqa: SIM905
 FIELD_SET = frozenset(FIELDS)
 OLD_NAMES = {
     "event_types": "events",
