@@ -28,9 +28,11 @@ db = DatabaseProxy()
 
 def stored_time(moment: datetime) -> str:
     """RFC 3339 text of one fixed width, so that text order is time order. Raises ValueError without a zone."""
-    if moment.tzinfo is None:
-        raise ValueError("a time without a zone cannot be stored")
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    if moment.tzinfo is not UTC:
+        if moment.tzinfo is None:
+            raise ValueError("a time without a zone cannot be stored")
+        moment = moment.astimezone(UTC)
+    return moment.isoformat(timespec="microseconds")[:26] + "Z"
 
 
 def read_time(value: Any) -> datetime | None:

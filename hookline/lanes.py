@@ -265,14 +265,14 @@ def _counts(settled: Iterable[Settled]) -> list[list[Any]]:
     found: dict[str, list[Any]] = {}
     for job, result, settlement in settled:
         counts = found.setdefault(job.webhook_id, [job.webhook_id, 0, 0, None, None, False, None])
-        started = stored_time(result.started_at)
+        started = result.started_at
         counts[1] += 1
         if settlement.outcome is Outcome.SUCCEEDED:
             counts[3], counts[5], counts[6] = started, True, None
         else:
             counts[2] += 1
             counts[4], counts[6] = started, counts[6] or started
-    return list(found.values())
+    return [[stored_time(one) if isinstance(one, datetime) else one for one in counts] for counts in found.values()]
 
 
 @lru_cache(maxsize=8)

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import hmac
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 PREFIX = "whsec_"
 OTHER_SECRET = "it was signed with another secret, or the body, the id or the timestamp was changed"
+BLOCK = 64  # bytes of a block of SHA-256
+INNER, OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
 TOLERANCE = 300  # seconds that a receiver's clock and ours may differ
 AGENT = "Hookline"
 
@@ -33,15 +40,22 @@ def key_of(secret: str) -> bytes:
 
 
 @lru_cache(maxsize=10_000)
-def keyed(key: bytes) -> hmac.HMAC:
-    """HMAC-SHA256 that has taken in its key: copying it costs less than beginning anew."""
-    return hmac.new(key, digestmod="sha256")
+def keyed(key: bytes) -> tuple[Hash, Hash]:
+    """The inner and outer hash of HMAC-SHA256 (RFC 2104) that have taken in the key.
+
+    Copying these costs half of what `hmac` does, which also gives up the GIL each time, to the writer's thread.
+    """
+    block = (hashlib.sha256(key).digest() if len(key) > BLOCK else key).ljust(BLOCK, b"\0")
+    return hashlib.sha256(block.translate(INNER)), hashlib.sha256(block.translate(OUTER))
 
 
 def digest(key: bytes, message: bytes) -> bytes:
-    mac = keyed(key).copy()
-    mac.update(message)
-    return mac.digest()
+    """HMAC-SHA256."""
+    first, last = keyed(key)
+    inner, outer = first.copy(), last.copy()
+    inner.update(message)
+    outer.update(inner.digest())
+    return outer.digest()
 
 
 def legacy_signature(secret: str, body: bytes) -> str:

@@ -8,49 +8,89 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 
 from tests.conftest import ROOT, Server, environment, make_migrated, running
-from tests.receiver import Answer, Received, Receiver
+from tests.receiver import OK, Answer, Received, Receiver
 
 ROUNDS = 10
-QUICK = {
-    "ALLOWED_NETWORKS": "127.0.0.0/8",
-    "LEASE": "3s",
-    "DELIVERY_TIMEOUT": "1s",
-    "RETRY_SCHEDULE": "200ms 500ms 1s 1s 1s",
-}
+EVENT = {"event_type": "game_started", "data": {"team": "ne"}}
+LOOPBACK = {"ALLOWED_NETWORKS": "127.0.0.0/8"}
+QUICK = LOOPBACK | {"LEASE": "3s", "DELIVERY_TIMEOUT": "1s", "RETRY_SCHEDULE": "200ms 500ms 1s 1s 1s"}
+MOST_EVENTS = 5000  # that one client publishes, if nothing stops it
 
 
-def publish_until(server: Server, stop: threading.Event, acknowledged: list[str]) -> None:
-    """Publish from one client, one event after the other, until told to stop or the server is gone."""
-    with httpx.Client(base_url=server.client.base_url, timeout=5) as client:
-        while not stop.is_set():
-            try:
-                answer = client.post("/api/v1/events", json={"event_type": "game_started", "data": {"team": "ne"}})
-            except httpx.TransportError:
-                return
-            if answer.status_code == 202:
-                acknowledged.append(answer.json()["event_id"])
+@dataclass
+class Load:
+    """Clients that publish, each one event after the other, until they are told to stop or the server is gone."""
+
+    server: Server
+    acknowledged: list[str] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def publish(self) -> None:
+        with httpx.Client(base_url=self.server.client.base_url, timeout=5) as client:
+            for _ in range(MOST_EVENTS):
+                if self._stop.is_set():
+                    return
+                try:
+                    answer = client.post("/api/v1/events", json=EVENT)
+                except httpx.TransportError:
+                    return
+                if answer.status_code == 202:
+                    self.acknowledged.append(answer.json()["event_id"])
+                else:
+                    self.refused.append(answer.status_code)
+
+    def __enter__(self) -> Load:
+        self._clients = [threading.Thread(target=self.publish) for _ in range(3)]
+        for client in self._clients:
+            client.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for client in self._clients:
+            client.join(10)
 
 
 @contextmanager
-def load(server: Server, acknowledged: list[str]) -> Iterator[None]:
-    stop = threading.Event()
-    clients = [threading.Thread(target=publish_until, args=(server, stop, acknowledged)) for _ in range(3)]
-    for client in clients:
-        client.start()
+def killed_at_last(database: Path, **settings: str) -> Iterator[Server]:
+    server = Server(database, settings).start()
     try:
-        yield
+        yield server
     finally:
-        stop.set()
-        for client in clients:
-            client.join(10)
+        server.stop(signal.SIGKILL)
+
+
+@contextmanager
+def worker(database: Path, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    """`python manage.py worker`, once it delivers."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "manage.py"), "worker"],
+        env=environment(DATABASE_URL=f"sqlite:///{database}", **settings),
+        cwd=database.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "Hookline delivers\n"
+        yield process
+        process.terminate()
+        assert process.wait(20) in (0, -signal.SIGTERM, -signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def wait_until_none_is_pending(server: Server, seconds: float = 30) -> None:
@@ -62,101 +102,178 @@ def wait_until_none_is_pending(server: Server, seconds: float = 30) -> None:
     raise AssertionError("deliveries are still pending")
 
 
-def every(server: Server, path: str) -> list[dict[str, Any]]:
+def every(server: Server, path: str, **query: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     cursor: str | None = ""
     while cursor is not None:
-        page = server.client.get(path, params={"limit": 200, "cursor": cursor}).json()
+        page = server.client.get(path, params={**query, "limit": 200, "cursor": cursor}).json()
         found += page["data"]
         cursor = page["next_cursor"]
     return found
-
-
-@contextmanager
-def worker(database: Path) -> Iterator[subprocess.Popen[bytes]]:
-    env = environment(DATABASE_URL=f"sqlite:///{database}", **QUICK)
-    process = subprocess.Popen([sys.executable, str(ROOT / "manage.py"), "worker"], env=env, cwd=database.parent)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait(20)
 
 
 def test_every_acknowledged_event_arrives_whenever_the_server_is_killed(tmp_path: Path, receiver: Receiver) -> None:
     database = tmp_path / "webhooks.db"
     make_migrated(database)
     acknowledged: list[str] = []
+    refused: list[int] = []
     for round_number in range(ROUNDS):
-        server = Server(database, QUICK).start()
-        if not round_number:
-            server.register(url=f"{receiver.url}/hook")
-        with load(server, acknowledged):
-            time.sleep(random.uniform(0.05, 0.4))  # the moment of the kill is what varies
-            server.stop(signal.SIGKILL)
+        with killed_at_last(database, **QUICK) as server:
+            if not round_number:
+                assert server.register(url=f"{receiver.url}/hook").status_code == 201
+            with Load(server, acknowledged, refused):
+                time.sleep(random.uniform(0.1, 0.5))  # the moment of the kill is what varies
+                server.stop(signal.SIGKILL)
     with running(database, **QUICK) as server:
         wait_until_none_is_pending(server)
         made = every(server, "/api/v1/deliveries")
         (webhook,) = server.client.get("/api/v1/webhooks").json()["data"]
-    arrived = {one.event_id for one in receiver.received}
     assert len(acknowledged) > ROUNDS
-    assert set(acknowledged) <= arrived
+    assert refused == []
+    assert set(acknowledged) <= {one.event_id for one in receiver.received}
+    assert set(acknowledged) <= {one["event_id"] for one in made}
     assert {one["status"] for one in made} == {"succeeded"}
-    assert webhook["total_calls"] == sum(one["attempts"] for one in made)  # the counters too
+    assert webhook["total_calls"] == sum(one["attempts"] for one in made)
 
 
 def test_a_worker_killed_holding_a_lease_is_replaced_when_it_has_run_out(tmp_path: Path, receiver: Receiver) -> None:
     database = tmp_path / "webhooks.db"
     asked, release = threading.Event(), threading.Event()
+    came: list[float] = []
 
     def first_hangs(_: Received) -> Answer:
+        came.append(time.monotonic())
         asked.set()
         release.wait(20)
-        return 200, {}, b""
+        return OK
 
     receiver.answers["/hook"] = first_hangs
-    with running(database, RUN_WORKER="false") as server:
+    settings = QUICK | {"LEASE": "4s", "DELIVERY_TIMEOUT": "2s"}
+    with running(database, RUN_WORKER="false", **LOOPBACK) as server:
         server.register(url=f"{receiver.url}/hook")
-        with worker(database) as first:
-            event = {"event_type": "game_started", "data": {"team": "ne"}}
-            published = server.client.post("/api/v1/events", json=event)
+        with worker(database, **settings) as first:
+            event_id = server.client.post("/api/v1/events", json=EVENT).json()["event_id"]
             assert asked.wait(15)
             first.kill()
             first.wait(10)
-        release.set()
         (waiting,) = server.client.get("/api/v1/deliveries").json()["data"]
-        assert waiting["waiting_for"].startswith("nothing")  # as far as anyone can know
-        with worker(database):
+        assert (waiting["status"], waiting["attempts"]) == ("pending", 0)  # what it did is not known
+        assert waiting["waiting_for"].startswith("nothing")  # as far as anyone can know it is under way
+        release.set()
+        with worker(database, **settings):
             wait_until_none_is_pending(server)
-        (delivery,) = server.client.get("/api/v1/deliveries").json()["data"]
-    assert (delivery["status"], delivery["event_id"]) == ("succeeded", published.json()["event_id"])
-    assert len(receiver.received) == 2
+        (listed,) = server.client.get("/api/v1/deliveries").json()["data"]
+        delivery = server.client.get(f"/api/v1/deliveries/{listed['delivery_id']}").json()
+    assert (delivery["status"], delivery["event_id"]) == ("succeeded", event_id)
+    assert [(one["number"], one["status_code"]) for one in delivery["attempt_log"]] == [(1, 200)]
+    assert [one.event_id for one in receiver.received] == [event_id] * 2
+    assert came[1] - came[0] > 1  # not before the lease of 4 s, which began before the first request, had run out
 
 
 def test_two_workers_on_one_file_make_each_delivery_once(tmp_path: Path, receiver: Receiver) -> None:
     database = tmp_path / "webhooks.db"
-    with running(database, RUN_WORKER="false") as server:
-        for n in range(3):
-            server.register(url=f"{receiver.url}/{n}")
-        with worker(database), worker(database):
-            for _ in range(100):
-                server.client.post("/api/v1/events", json={"event_type": "game_started", "data": {"team": "ne"}})
+    lock, under_way, most = threading.Lock(), [0], [0]
+
+    def takes_a_while(_: Received) -> Answer:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        threading.Event().wait(0.02)
+        with lock:
+            under_way[0] -= 1
+        return OK
+
+    receiver.answers["/hook"] = takes_a_while
+    settings = LOOPBACK | {"WORKER_CONCURRENCY": "8"}  # one webhook may have half of them
+    with running(database, RUN_WORKER="false", **LOOPBACK) as server:
+        server.register(url=f"{receiver.url}/hook")
+        with worker(database, **settings), worker(database, **settings):
+            with ThreadPoolExecutor(4) as pool:
+                answers = list(pool.map(lambda _: server.client.post("/api/v1/events", json=EVENT), range(300)))
             wait_until_none_is_pending(server)
-    made = [(one.path, one.event_id) for one in receiver.received]
-    assert len(made) == len(set(made)) == 300
+        made = every(server, "/api/v1/deliveries")
+        (webhook,) = server.client.get("/api/v1/webhooks").json()["data"]
+    published = [answer.json()["event_id"] for answer in answers]
+    assert len(set(published)) == 300
+    assert sorted(one.event_id for one in receiver.received) == sorted(published)
+    assert {(one["status"], one["attempts"]) for one in made} == {("succeeded", 1)}
+    assert (webhook["total_calls"], webhook["failed_calls"]) == (300, 0)
+    assert most[0] > 4  # more than one worker makes at once: both of them were at it
 
 
 def test_a_server_told_to_stop_under_load_loses_nothing(tmp_path: Path, receiver: Receiver) -> None:
     database = tmp_path / "webhooks.db"
-    acknowledged: list[str] = []
-    with running(database, **QUICK) as server:
-        server.register(url=f"{receiver.url}/hook")
-        with load(server, acknowledged):
-            receiver.wait_for(5)
-            server.stop(signal.SIGTERM)
-        assert server.process.returncode in (0, -signal.SIGTERM)
-    with running(database, **{**QUICK, "LEASE": "60s"}) as server:
-        wait_until_none_is_pending(server, 20)  # less than a lease: what was under way was released
-    sent = [one.event_id for one in receiver.received]
+    make_migrated(database)
+    held: list[str] = []
+    release = threading.Event()
+
+    def hangs(request: Received) -> Answer:
+        held.append(request.event_id)
+        release.wait(60)
+        return OK
+
+    receiver.answers["/hangs"] = hangs
+    settings = LOOPBACK | {"LEASE": "10m", "DELIVERY_TIMEOUT": "60s"}  # nobody can wait for these
+    load_results: tuple[list[str], list[int]] = ([], [])
+    try:
+        with killed_at_last(database, **settings) as server:
+            server.register(url=f"{receiver.url}/hook")
+            server.register(url=f"{receiver.url}/hangs")
+            with Load(server, *load_results):
+                receiver.wait_for(20, "/hook")
+                server.process.terminate()
+                server.process.communicate(timeout=15)
+            assert server.process.returncode in (0, -signal.SIGTERM)
+        cut_off = set(held)
+    finally:
+        release.set()
+    with running(database, **settings) as server:
+        wait_until_none_is_pending(server)
+        made = every(server, "/api/v1/deliveries")
+        webhooks = server.client.get("/api/v1/webhooks").json()["data"]
+    acknowledged, refused = load_results
+    assert set(refused) <= {503}
+    assert len(acknowledged) >= 20
+    assert set(acknowledged) <= {one.event_id for one in receiver.at("/hook")}
+    sent = Counter(one.event_id for one in receiver.at("/hangs"))
     assert set(acknowledged) <= set(sent)
+    assert cut_off
+    assert all(sent[event_id] > 1 for event_id in cut_off)  # given back, and made again
+    assert {one["status"] for one in made} == {"succeeded"}
+    assert sum(one["total_calls"] for one in webhooks) == sum(one["attempts"] for one in made)
+
+
+def test_the_counters_of_a_webhook_agree_with_its_log_after_a_kill(tmp_path: Path, receiver: Receiver) -> None:
+    database = tmp_path / "webhooks.db"
+    make_migrated(database)
+    seen: set[str] = set()
+
+    def fails_at_first(request: Received) -> Answer:
+        if request.event_id in seen:
+            return OK
+        seen.add(request.event_id)
+        return 500, {}, b"not now"
+
+    receiver.answers["/fails"] = fails_at_first
+    with killed_at_last(database, **QUICK) as server:
+        server.register(url=f"{receiver.url}/hook")
+        server.register(url=f"{receiver.url}/fails")
+        for _ in range(6):
+            assert server.client.post("/api/v1/events", json=EVENT).status_code == 202
+        receiver.wait_for(4, "/fails")  # in the middle of the retries
+    with running(database, **QUICK) as server:
+        wait_until_none_is_pending(server)
+        server.client.post("/api/v1/events", json=EVENT)  # the last success of both
+        wait_until_none_is_pending(server)
+        for webhook in server.client.get("/api/v1/webhooks").json()["data"]:
+            listed = every(server, "/api/v1/deliveries", webhook_id=webhook["webhook_id"])
+            logs = [server.client.get(f"/api/v1/deliveries/{one['delivery_id']}").json() for one in listed]
+            attempts = [attempt for one in logs for attempt in one["attempt_log"]]
+            failures = [one["started_at"] for one in attempts if one["error"]]
+            successes = [one["started_at"] for one in attempts if not one["error"]]
+            assert len(listed) == len(successes) == 7
+            assert len(attempts) == sum(one["attempts"] for one in logs)
+            assert (webhook["total_calls"], webhook["failed_calls"]) == (len(attempts), len(failures))
+            assert webhook["last_success"] == max(successes)
+            assert webhook["last_failure"] == max(failures, default=None)
+            assert bool(failures) == webhook["url"].endswith("/fails")
