@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import socket
 import ssl
@@ -17,17 +18,25 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Server
+from tests.conftest import Server, running
 from tests.receiver import Receiver
 
-Serve = Callable[..., Server]
 Behaviour = Callable[[socket.socket], None]
 SETTINGS = {"ALLOWED_NETWORKS": "127.0.0.0/8", "DELIVERY_TIMEOUT": "1s", "RETRY_SCHEDULE": "200ms"}
+MOST_GROWTH = 30_000  # kB
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all, so that what an endpoint did to it would show in the tests after it."""
+    with running(tmp_path_factory.mktemp("hostile") / "webhooks.db", **SETTINGS) as started:
+        yield started
 
 
 def hang(connection: socket.socket) -> None:
     connection.recv(65536)
-    time.sleep(3)
+    connection.recv(65536)  # until the sender goes
 
 
 def reset(connection: socket.socket) -> None:
@@ -38,8 +47,17 @@ def reset(connection: socket.socket) -> None:
 def drip(connection: socket.socket) -> None:
     connection.recv(65536)
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    for _ in range(30):
-        connection.sendall(b"x")
+    drip_bytes(connection, b"x" * 50)
+
+
+def drip_headers(connection: socket.socket) -> None:
+    connection.recv(65536)
+    drip_bytes(connection, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-More: and more\r\n\r\n")
+
+
+def drip_bytes(connection: socket.socket, content: bytes) -> None:
+    for byte in content:
+        connection.sendall(bytes([byte]))
         time.sleep(0.1)
 
 
@@ -51,12 +69,33 @@ def garbage(connection: socket.socket) -> None:
 def flood(connection: socket.socket) -> None:
     connection.recv(65536)
     connection.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 50000000\r\n\r\n")
+    send_50_mb(connection)
+
+
+def flood_of_unknown_length(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 500 Oops\r\n\r\n")
+    send_50_mb(connection)
+
+
+def flood_of_headers(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    send_50_mb(connection)
+
+
+def send_50_mb(connection: socket.socket) -> None:
     for _ in range(500):
         connection.sendall(b"x" * 100_000)
 
 
 def close(connection: socket.socket) -> None:
     connection.recv(65536)
+
+
+def cut_off(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nThat is")
 
 
 def redirect(connection: socket.socket) -> None:
@@ -71,6 +110,7 @@ def listening(behave: Behaviour) -> Iterator[int]:
 
     def treat(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):  # the other side had enough
+            connection.settimeout(10)
             behave(connection)
 
     def accept() -> None:
@@ -85,30 +125,52 @@ def listening(behave: Behaviour) -> Iterator[int]:
     try:
         yield server.getsockname()[1]
     finally:
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         server.close()
 
 
-def outcome(server: Server, receiver: Receiver, url: str) -> dict[str, Any]:
-    """Deliver one event to the healthy receiver and to this URL; returns the latter's delivery once it has ended."""
-    server.register(url=f"{receiver.url}/healthy", team=None)
-    bad = server.register(url=url, team=None).json()["webhook_id"]
-    server.client.post("/api/v1/events", json={"event_type": "game_started", "data": {}})
-    receiver.wait_for(1, "/healthy")
+def check_failure(server: Server, receiver: Receiver, url: str, named: str) -> dict[str, Any]:
+    """Deliver one event to the healthy receiver and to this URL: the former gets it, the latter fails twice in words.
+
+    Returns the latter's delivery.
+    """
+    event_type = f"hostile_{next(numbers)}"
+    assert server.register(url=f"{receiver.url}/healthy", events=[event_type], team=None).status_code == 201
+    bad = server.register(url=url, events=[event_type], team=None).json()["webhook_id"]
+    before = memory(server, "VmRSS")
+    answer = server.client.post("/api/v1/events", json={"event_type": event_type, "data": {}})
+    assert (answer.status_code, answer.json()["deliveries"]) == (202, 2)
+    (healthy,) = receiver.wait_for(1, "/healthy", timeout=5)
+    assert healthy.event_id == answer.json()["event_id"]
+    delivery = ended(server, bad)
+    assert (delivery["status"], delivery["attempts"]) == ("failed", 2)
+    assert [attempt["number"] for attempt in delivery["attempt_log"]] == [1, 2]
+    assert all(named in attempt["error"] for attempt in delivery["attempt_log"]), delivery["attempt_log"]
+    assert all(len(attempt["response"] or "") <= 1024 for attempt in delivery["attempt_log"])
+    assert named in delivery["reason"]
+    assert len(receiver.at("/healthy")) == 1
+    assert server.process.poll() is None
+    assert server.client.get("/ready").status_code == 200
+    assert memory(server, "VmHWM") - before < MOST_GROWTH  # at its highest
+    return delivery
+
+
+def ended(server: Server, webhook_id: str) -> dict[str, Any]:
+    """The one delivery to this webhook, with its log, once it is not pending any more."""
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
-        (delivery,) = server.client.get("/api/v1/deliveries", params={"webhook_id": bad}).json()["data"]
-        if delivery["status"] != "pending":
-            return dict(server.client.get(f"/api/v1/deliveries/{delivery['delivery_id']}").json())
+        (listed,) = server.client.get("/api/v1/deliveries", params={"webhook_id": webhook_id}).json()["data"]
+        if listed["status"] != "pending":
+            return dict(server.client.get(f"/api/v1/deliveries/{listed['delivery_id']}").json())
         time.sleep(0.05)
     raise AssertionError("the delivery is still pending")
 
 
-def resident(server: Server) -> int:
-    """kB."""
+def memory(server: Server, field: str) -> int:
+    """kB; nothing where there is no /proc to read it from."""
     status = Path(f"/proc/{server.process.pid}/status")
-    if not status.exists():
-        pytest.skip("there is no /proc to read the memory of the server from")
-    return int(status.read_text().partition("VmRSS:")[2].split()[0])
+    return int(status.read_text().partition(f"{field}:")[2].split()[0]) if status.exists() else 0
 
 
 @pytest.mark.parametrize(
@@ -117,53 +179,66 @@ def resident(server: Server) -> int:
         (hang, "timed out after 1 s"),
         (reset, "reset the connection"),
         (drip, "timed out after 1 s"),
+        (drip_headers, "timed out after 1 s"),
         (garbage, "not HTTP"),
         (flood, "answered 500"),
+        (flood_of_unknown_length, "answered 500"),
+        (flood_of_headers, "not HTTP"),
         (close, "closed the connection without an answer"),
+        (cut_off, "cut off"),
         (redirect, "answered 302: redirects are not followed"),
     ],
 )
 def test_an_endpoint_that_misbehaves_fails_in_words_and_alone(
-    serve: Serve, receiver: Receiver, behave: Behaviour, named: str
+    server: Server, receiver: Receiver, behave: Behaviour, named: str
 ) -> None:
-    server = serve(**SETTINGS)
-    before = resident(server)
     with listening(behave) as port:
-        delivery = outcome(server, receiver, f"http://127.0.0.1:{port}/")
-    assert (delivery["status"], delivery["attempts"]) == ("failed", 2)
-    assert all(named in attempt["error"] for attempt in delivery["attempt_log"]), delivery["attempt_log"]
-    assert all(len(attempt["response"] or "") <= 1024 for attempt in delivery["attempt_log"])
-    assert server.client.get("/ready").status_code == 200
-    assert resident(server) - before < 30_000
+        check_failure(server, receiver, f"http://127.0.0.1:{port}/", named)
 
 
 @pytest.mark.parametrize(
     ("url", "named"),
     [
-        ("http://127.0.0.1:9/", "connection refused"),
         ("http://10.1.2.3/", "10.1.2.3 is not a public address"),
+        ("http://nothing.invalid/", "DNS lookup failed"),
     ],
 )
-def test_an_endpoint_that_is_not_there_fails_in_words(serve: Serve, receiver: Receiver, url: str, named: str) -> None:
-    delivery = outcome(serve(**{**SETTINGS, "DELIVERY_TIMEOUT": "5s"}), receiver, url)
-    assert (delivery["status"], delivery["attempts"]) == ("failed", 2)
-    assert named in delivery["reason"]
+def test_an_endpoint_that_is_not_there_fails_in_words(server: Server, receiver: Receiver, url: str, named: str) -> None:
+    check_failure(server, receiver, url, named)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(serve: Serve, receiver: Receiver, tmp_path: Path) -> None:
+def test_an_endpoint_that_refuses_connections_fails_in_words(server: Server, receiver: Receiver) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # and does not listen
+        check_failure(server, receiver, f"http://127.0.0.1:{deaf.getsockname()[1]}/", "connection refused")
+
+
+@pytest.mark.parametrize("status", [301, 307])
+def test_a_redirect_is_not_followed_even_to_where_we_may_deliver(
+    server: Server, receiver: Receiver, status: int
+) -> None:
+    receiver.answers["/elsewhere"] = lambda _: (status, {"Location": f"{receiver.url}/inside"}, b"")
+    check_failure(server, receiver, f"{receiver.url}/elsewhere", f"answered {status}: redirects are not followed")
+    assert len(receiver.at("/elsewhere")) == 2
+    assert receiver.at("/inside") == []
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(server: Server, receiver: Receiver, tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl command to make a certificate with")
-    certificate = tmp_path / "own.pem"
+    key, certificate = tmp_path / "own.key", tmp_path / "own.crt"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    subprocess.run([*command, "-keyout", certificate, "-out", f"{certificate}.crt"], check=True, capture_output=True)
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]  # all is right with it but who signed it
+    subprocess.run([*command, *names, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(f"{certificate}.crt", certificate)
+    context.load_cert_chain(certificate, key)
+    heard: list[bytes] = []
 
     def greet(connection: socket.socket) -> None:
         with context.wrap_socket(connection, server_side=True) as secured:
-            secured.recv(65536)
+            heard.append(secured.recv(65536))
 
     with listening(greet) as port:
-        delivery = outcome(serve(**SETTINGS), receiver, f"https://127.0.0.1:{port}/")
-    assert delivery["status"] == "failed"
-    assert delivery["reason"].startswith("TLS failed: ")
+        delivery = check_failure(server, receiver, f"https://127.0.0.1:{port}/", "TLS failed: ")
+    assert "self-signed certificate" in delivery["reason"].replace("self signed", "self-signed")
+    assert not any(heard)  # nothing was sent to it
