@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import running
+from tests.receiver import Receiver
 
 
 @pytest.fixture
@@ -36,3 +38,24 @@ def test_a_full_disk_is_a_503_that_stores_nothing_and_passes_when_there_is_room(
         filler.unlink()
         assert server.register().status_code == 201
         assert len(server.client.get("/api/v1/webhooks/list").json()["webhooks"]) == 2
+
+
+def test_deliveries_outlive_a_full_disk(small_disk: Path, receiver: Receiver) -> None:
+    settings = {"ALLOWED_NETWORKS": "127.0.0.0/8", "LEASE": "3s", "DELIVERY_TIMEOUT": "1s"}
+    event = {"event_type": "game_started", "data": {"team": "ne", "filling": "x" * 2000}}
+    with running(small_disk / "webhooks.db", **settings) as server:
+        server.register(url=f"{receiver.url}/hook")
+        filler = small_disk / "filler"
+        filler.write_bytes(b"x" * 1_000_000)
+        answers = [server.client.post("/api/v1/events", json=event)]
+        while answers[-1].status_code == 202 and len(answers) < 500:
+            answers.append(server.client.post("/api/v1/events", json=event))
+        assert answers[-1].status_code == 503
+        filler.unlink()
+        answers.append(server.client.post("/api/v1/events", json=event))
+        assert answers[-1].status_code == 202
+        acknowledged = {answer.json()["event_id"] for answer in answers if answer.status_code == 202}
+        deadline = time.monotonic() + 20
+        while acknowledged - {one.event_id for one in receiver.received} and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert {one.event_id for one in receiver.received} == acknowledged
