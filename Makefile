@@ -5,18 +5,22 @@ BIN := .venv/bin
 
 install: .venv/.installed
 
-.venv/.installed: requirements.txt requirements-dev.txt
+.venv/.installed: requirements.txt requirements-postgres.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-run: .venv/.run
+run: .venv/.run $(if $(findstring postgres,$(DATABASE_URL)),.venv/.postgres)
 	$(BIN)/python manage.py migrate up
 	exec $(BIN)/python app.py
 
 .venv/.run: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.postgres: .venv/.run requirements-postgres.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-postgres.txt
 	touch $@
 
 test: install

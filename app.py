@@ -17,11 +17,12 @@ from starlette.middleware import Middleware
 import models
 import settings
 from hookline import events, schema
+from hookline.database import open_database, require_reachable
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.errors import HooklineError
 from hookline.policy import Rules
-from hookline.storage import Storage, open_database
+from hookline.storage import Storage, storage_of
 from hookline.webhooks import WebhookManager
 from web import api, operations
 from web.access import Access
@@ -31,12 +32,13 @@ SHUTDOWN_TIMEOUT = 10  # seconds that open requests get
 
 def create_app(config: settings.Settings) -> Starlette:
     """The service on the database of `config`. Raises Conflict while migrations are pending."""
-    db = open_database(config.database_url)
+    db = open_database(config.database_url, pool_size=config.database_pool)
     models.db.initialize(db)
+    require_reachable(db)
     schema.require_current(db)
-    storage = Storage(db)
+    storage = storage_of(db, config.database_pool)
     worker = worker_of(config, storage) if config.run_worker else None
-    events.attach(db, events.Outlet(max_payload=config.max_payload, lease=config.lease))
+    events.attach(db, events.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

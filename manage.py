@@ -24,11 +24,11 @@ from peewee import Database
 import models
 import settings
 from hookline import events, schema, signing, transfer
+from hookline.database import open_database, require_reachable
 from hookline.errors import HooklineError, Invalid
-from hookline.storage import Storage, open_database
+from hookline.storage import storage_of
 
 SHOWN_PROBLEMS = 1000
-CACHE = -256 * 1024  # KiB: a migration or an import writes more pages than the service keeps, each only once then
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,7 +42,8 @@ def with_database(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            db = open_database(settings.load().database_url, cache_size=CACHE)
+            db = open_database(settings.load().database_url, long_work=True)
+            require_reachable(db)
             models.db.initialize(db)
             command(db, *args, **kwargs)
         except settings.BadSetting as exc:
@@ -170,7 +171,7 @@ def worker(db: Database) -> None:
         stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-        storage = Storage(db)
+        storage = storage_of(db, config.database_pool)
         delivering = worker_of(config, storage)
         await storage.start()
         await delivering.start()

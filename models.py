@@ -12,6 +12,7 @@ from typing import Any
 from peewee import (
     SQL,
     BigAutoField,
+    BigIntegerField,
     BooleanField,
     CompositeKey,
     DatabaseProxy,
@@ -73,8 +74,8 @@ class Webhook(Table):
     team = TextField(null=True)
     created_at = UtcField()
     enabled = BooleanField(constraints=[SQL("DEFAULT TRUE")])
-    total_calls = IntegerField(constraints=[SQL("DEFAULT 0")])
-    failed_calls = IntegerField(constraints=[SQL("DEFAULT 0")])
+    total_calls = BigIntegerField(constraints=[SQL("DEFAULT 0")])
+    failed_calls = BigIntegerField(constraints=[SQL("DEFAULT 0")])
     last_success = UtcField(null=True)
     last_failure = UtcField(null=True)
     description = TextField(null=True)
@@ -111,7 +112,6 @@ class Subscription(Table):
     class Meta:
         table_name = "subscriptions"
         primary_key = CompositeKey("event_type", "team", "webhook")
-        without_rowid = True
 
 
 Subscription.add_index(Subscription.webhook, name="idx_subscriptions_webhook")

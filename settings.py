@@ -14,6 +14,15 @@ SIZES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # seconds
 MARGIN = 2  # seconds of a lease that settling a delivery may take
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+EPHEMERAL = {  # what each host sets in the environment of its processes
+    "DYNO": "Heroku",
+    "RENDER": "Render",
+    "RAILWAY_ENVIRONMENT": "Railway",
+    "FLY_APP_NAME": "Fly.io",
+    "K_SERVICE": "Cloud Run",
+    "KOYEB_APP_NAME": "Koyeb",
+    "VCAP_APPLICATION": "Cloud Foundry",
+}
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -24,6 +33,8 @@ class BadSetting(Exception):
 @dataclass(frozen=True)
 class Settings:
     database_url: str = "sqlite:///data/webhooks.db"
+    database_pool: int = 8  # connections to PostgreSQL
+    allow_ephemeral_sqlite: bool = False
     host: str = "127.0.0.1"
     port: int = 8005
     api_keys: tuple[str, ...] = ()
@@ -35,6 +46,7 @@ class Settings:
     lease: float = 60
     retry_schedule: tuple[float, ...] = (5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
     disable_after: float = 5 * 86400
+    retention: float | None = 30 * 86400  # None: for ever
     max_body: int = 1024**2  # bytes
     max_payload: int = 256 * 1024  # bytes
     log_level: str = "info"
@@ -50,6 +62,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     given = {name: value.strip() for name, value in environ.items() if value.strip()}
     found = Settings(
         database_url=_database_url(given.get("DATABASE_URL", Settings.database_url)),
+        database_pool=_count("DATABASE_POOL", given.get("DATABASE_POOL", str(Settings.database_pool))),
+        allow_ephemeral_sqlite=_boolean("ALLOW_EPHEMERAL_SQLITE", given.get("ALLOW_EPHEMERAL_SQLITE", "false")),
         host=given.get("HOST", Settings.host),
         port=_port(given.get("PORT", str(Settings.port))),
         api_keys=_api_keys(given.get("API_KEYS", "")),
@@ -61,19 +75,37 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         lease=_duration("LEASE", given.get("LEASE", "60s")),
         retry_schedule=_schedule(given.get("RETRY_SCHEDULE", "5s 30s 2m 10m 30m 2h 5h 10h 14h 20h 24h")),
         disable_after=_duration("DISABLE_AFTER", given.get("DISABLE_AFTER", "5d")),
+        retention=_retention(given.get("RETENTION", "30d")),
         max_body=_size("MAX_BODY", given.get("MAX_BODY", "1MiB")),
         max_payload=_size("MAX_PAYLOAD", given.get("MAX_PAYLOAD", "256KiB")),
         log_level=_one_of("LOG_LEVEL", given.get("LOG_LEVEL", Settings.log_level).lower(), LEVELS),
     )
     if found.lease < found.delivery_timeout + MARGIN:
         raise BadSetting(f"LEASE must exceed DELIVERY_TIMEOUT by {MARGIN} s or more, or deliveries would be made twice")
+    if not found.allow_ephemeral_sqlite:
+        _require_lasting(found.database_url, given)
     return found
 
 
 def _database_url(text: str) -> str:
-    if not re.fullmatch(r"sqlite:///.+", text):
-        raise BadSetting("DATABASE_URL must be like sqlite:///data/webhooks.db")
+    if not re.fullmatch(r"sqlite:///.+|postgres(ql)?://.+", text):
+        raise BadSetting("DATABASE_URL must be like sqlite:///data/webhooks.db or postgresql://user:password@host/name")
     return text
+
+
+def _require_lasting(url: str, environ: Mapping[str, str]) -> None:
+    """Refuse SQLite where the disk is lost at each restart, unless it is on a volume that is known to last."""
+    host = next((name for variable, name in EPHEMERAL.items() if variable in environ), None)
+    if host is None or not url.startswith("sqlite:"):
+        return
+    volume = environ.get("RAILWAY_VOLUME_MOUNT_PATH")
+    if volume and os.path.abspath(url.removeprefix("sqlite:///")).startswith(os.path.join(volume, "")):
+        return
+    raise BadSetting(
+        f"DATABASE_URL is an SQLite file, and {host} loses its disk at every restart, all webhooks with it: "
+        "attach a PostgreSQL and set DATABASE_URL to its URL, or, if the file is on a volume that stays, set "
+        "ALLOW_EPHEMERAL_SQLITE=true"
+    )
 
 
 def _port(text: str) -> int:
@@ -117,6 +149,10 @@ def _duration(name: str, text: str) -> float:
     if match is None or int(match[1]) == 0:
         raise BadSetting(f"{name} must be a duration like 500ms, 5s, 2m, 5h or 30d, not {text!r}")
     return int(match[1]) * DURATIONS[match[2]]
+
+
+def _retention(text: str) -> float | None:
+    return None if text.lower() == "off" else _duration("RETENTION", text)
 
 
 def _schedule(text: str) -> tuple[float, ...]:

@@ -27,11 +27,12 @@ from benchmarks import server
 from benchmarks.delivering import DATA
 from benchmarks.report import Figure
 from hookline import WebhookManager, events, lanes
+from hookline.database import open_database
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.policy import Rules
-from hookline.storage import Storage, open_database
+from hookline.storage import Storage, storage_of
 from models import stored_time
 
 SECRET = "a-secret-of-enough-characters"
@@ -151,7 +152,7 @@ async def healthy_p95(hanging: bool) -> float:
         if hanging:
             manager.register(f"http://127.0.0.1:{hang_port}/", ["goal"], SECRET)
             backlog(db, BACKLOG)
-        storage = Storage(db)
+        storage = storage_of(db)
         worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=2), Rules(timeout=2))
         await storage.start()
         await worker.start()

@@ -20,11 +20,12 @@ from peewee import Database
 import models
 from app import quiet_gc
 from hookline import WebhookManager, events
+from hookline.database import open_database
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.policy import Rules
-from hookline.storage import Storage, open_database
+from hookline.storage import Storage, storage_of
 
 ROUNDS = 11
 BARE = 1500  # posts in a round
@@ -90,7 +91,7 @@ async def main() -> None:
     for fan_out in EVENTS:
         for number in range(fan_out):
             manager.register(f"{url}{fan_out}/{number}", [f"fan_{fan_out}"], "a-secret-of-enough-characters")
-    storage = Storage(db)
+    storage = storage_of(db)
     client = Client(allowed=[ipaddress.ip_network("127.0.0.0/8")])
     worker = Worker(storage, client, Rules(concurrency=CONCURRENCY))
     await storage.start()

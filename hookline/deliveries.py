@@ -12,8 +12,8 @@ from typing import Any
 from peewee import JOIN, Database
 
 from hookline import clock, events, sql
+from hookline.database import connected, transaction
 from hookline.errors import Conflict, NotFound
-from hookline.storage import connected, transaction
 from models import IN_ORDER, Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
 
 COLUMNS = [
@@ -92,7 +92,7 @@ def retry(db: Database, delivery_id: int) -> Row:
         again = {"attempts_before": Delivery.attempts} if row["status"] in FINAL else {}
         due = read_time(IN_ORDER) if row["ordered"] else now
         _move(db, row, status=Status.PENDING, leased=False, next_attempt_at=due, finished_at=None, **again)
-        events.queue(db, "delivery_id IN (SELECT id FROM {given})", sql.ids([delivery_id]), open_now=True)
+        events.queue(db, "delivery_id IN (SELECT id FROM {numbers})", sql.ids([delivery_id]), open_now=True)
         return get(db, delivery_id)
 
 

@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from datetime import timedelta
 
 from peewee import Database
@@ -22,7 +21,7 @@ from peewee import Database
 from hookline import clock, events, lanes, policy, signing
 from hookline.egress import Client
 from hookline.errors import Unavailable
-from hookline.events import Leased
+from hookline.events import Wake
 from hookline.lanes import Job, Settled
 from hookline.policy import Rules
 from hookline.storage import Storage
@@ -30,9 +29,10 @@ from models import read_time, stored_time
 
 log = logging.getLogger("hookline")
 
+CROWDED = 0.02  # seconds until the next look where others hold the lanes that are due
 POLL = 0.5  # seconds between looks for what other processes queued
 MARGIN = 1.0  # seconds of a lease that are left for settling
-RETRY_SETTLING = 1.0  # seconds, while the database cannot take it
+AGAIN = 1.0  # seconds between tries while the database cannot be used
 JUMP = 1.0  # seconds that the clock may go back before we call it a jump
 
 
@@ -46,6 +46,7 @@ class Worker:
         self._jobs: dict[int, asyncio.Task[None]] = {}
         self._held: Counter[str] = Counter()  # deliveries of each webhook that we have, those coming included
         self._lock = threading.Lock()  # of the two counts: whoever publishes changes them
+        self._taking: set[asyncio.Task[None]] = set()
         self._settled: list[Settled] = []  # what has come back and is not recorded yet
         self._recording: asyncio.Task[None] | None = None
         self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
@@ -65,6 +66,7 @@ class Worker:
         await self.client.start()
         outlet = events.Outlet(self.max_payload, self.rules.lease, self.slots, self.wake)
         events.attach(self.db, outlet)
+        self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
 
     async def stop(self, grace: float = 5) -> None:
@@ -72,7 +74,7 @@ class Worker:
         self._stopping = True
         events.attach(self.db, events.Outlet(self.max_payload, self.rules.lease))
         self._awake.set()
-        await self._running
+        await asyncio.gather(self._running, *self._taking)
         if self._jobs:
             await asyncio.wait(self._jobs.values(), timeout=grace)
         left = {delivery_id: task for delivery_id, task in self._jobs.items() if not task.done()}
@@ -92,12 +94,12 @@ class Worker:
         """What we can take now. Asked by whoever publishes, in any thread."""
         return events.Slots(self._free, self.rules.share, self._busy)
 
-    def wake(self, leased: Sequence[Leased], until: str) -> None:
-        """Called after the commit of a publish, in any thread."""
+    def wake(self, wake: Wake) -> None:
+        """Called after a commit, in any thread."""
         with self._lock:
-            self._coming += len(leased)
-            self._held.update(webhook_id for _, webhook_id in leased)
-        self._loop.call_soon_threadsafe(self._take, leased, until)
+            self._coming += len(wake.leased)
+            self._held.update(webhook_id for _, webhook_id in wake.leased)
+        self._loop.call_soon_threadsafe(self._take, wake)
 
     @property
     def _free(self) -> int:
@@ -111,20 +113,40 @@ class Worker:
         with self._lock:
             return [webhook_id for webhook_id, held in self._held.items() if held >= self.rules.share]
 
-    def _take(self, leased: Sequence[Leased], until: str) -> None:
-        if not leased:
+    def _take(self, wake: Wake) -> None:
+        if wake.leased:
+            task = self._loop.create_task(self._begin_leased(wake))
+            self._taking.add(task)
+            task.add_done_callback(self._taking.discard)
+        else:
             self._awake.set()
-            return
-        jobs: list[Job] = []
+            self.storage.notify()
+
+    async def _begin_leased(self, wake: Wake) -> None:
+        """Begin what this process has published, from its committed rows."""
         try:
-            jobs = self.storage.read_now(lanes.load, self.db, [(delivery_id, until) for delivery_id, _ in leased])
-        except Unavailable as exc:
-            log.error("deliveries wait for their leases to run out: %s", exc)
-        with self._lock:
-            self._coming -= len(leased)
-            self._held.subtract(webhook_id for _, webhook_id in leased)
+            jobs = await self._loaded(wake)
+        finally:
+            with self._lock:
+                self._coming -= len(wake.leased)
+                self._held.subtract(webhook_id for _, webhook_id in wake.leased)
         for job in jobs:
             self._begin(job)
+
+    async def _loaded(self, wake: Wake) -> list[Job]:
+        leased = [(delivery_id, wake.until) for delivery_id, _ in wake.leased]
+        while True:
+            try:
+                return await self.storage.read(lanes.load, self.db, leased, wake.since)
+            except Unavailable as exc:  # try as long as they are ours
+                if self._stopping or self._is_too_late(wake.since):
+                    log.error("%s deliveries wait for their leases to run out: %s", len(leased), exc)
+                    return []
+                await asyncio.sleep(AGAIN)
+
+    def _is_too_late(self, since: float) -> bool:
+        """Would an attempt that began now outlast a lease from then?"""
+        return time.monotonic() - since > self.rules.lease - self.rules.timeout - MARGIN
 
     async def _run(self) -> None:
         while not self._stopping:
@@ -176,7 +198,7 @@ class Worker:
         jobs = await self.storage.write(lanes.claim, self.db, self.rules, free, dict(self._held), busy)
         for job in jobs:
             self._begin(job)
-        return 0
+        return 0 if jobs else CROWDED
 
     def _begin(self, job: Job) -> None:
         if job.delivery_id in self._jobs:  # a lease that ran out on us: the one in flight goes on
@@ -188,7 +210,7 @@ class Worker:
     async def _deliver(self, job: Job) -> None:
         """One attempt. If this fails the lease runs out and the delivery is made again."""
         try:
-            if time.monotonic() - job.claimed_at > self.rules.lease - self.rules.timeout - MARGIN:
+            if self._is_too_late(job.leased_at):
                 self._end(job)  # too late for us: whoever finds the lease run out sends it
                 return
             result = await self.client.post(job.url, job.body, self._headers(job))
@@ -247,7 +269,7 @@ class Worker:
                 if self._stopping or time.monotonic() > until:
                     log.error("the results of %s deliveries are lost, they will be made again: %s", len(batch), exc)
                     return
-                await asyncio.sleep(RETRY_SETTLING)
+                await asyncio.sleep(AGAIN)
             except Exception:
                 log.exception("%s deliveries wait for their leases to run out", len(batch))
                 return

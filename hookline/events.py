@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from peewee import Database
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, sql
-from hookline.errors import Conflict, Invalid, TooLarge
-from hookline.storage import transaction
+from hookline import clock, notices, sql
+from hookline.database import transaction
+from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
 from models import IN_ORDER, read_time, stored_time
 
 EVENT_TYPE = re.compile(r"[!-~]([ -~]{0,198}[!-~])?")
@@ -42,6 +43,17 @@ class Slots(NamedTuple):
 Leased = tuple[int, str]  # delivery_id, webhook_id
 
 
+class Wake(NamedTuple):
+    """What a commit has left to do: leases that this process has from `since` (of time.monotonic()) until then.
+
+    Without leases: something is due in a lane, for any worker.
+    """
+
+    leased: Sequence[Leased] = ()
+    until: str = ""
+    since: float = 0
+
+
 @dataclass
 class Outlet:
     """How publishing reaches the worker of this process, and what it may take. Set at assembly."""
@@ -49,7 +61,7 @@ class Outlet:
     max_payload: int = 256 * 1024  # bytes
     lease: float = 60  # seconds
     slots: Callable[[], Slots] = Slots
-    wake: Callable[[Sequence[Leased], str], None] = lambda leased, until: None  # what this process has, until when
+    wake: Callable[[Wake], None] = lambda wake: None
 
 
 _outlets: WeakKeyDictionary[Database, Outlet] = WeakKeyDictionary()
@@ -61,7 +73,7 @@ def attach(db: Database, outlet: Outlet) -> None:
 
 
 def outlet_of(db: Database) -> Outlet:
-    return _outlets.get(db) or Outlet()
+    return _outlets.get(db) or Outlet(wake=lambda wake: notices.send(db))
 
 
 class NewEvent(NamedTuple):
@@ -119,7 +131,7 @@ def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Ex
 
     Raises Unavailable: then nothing was stored.
     """
-    now = clock.now()
+    now, since = clock.now(), time.monotonic()
     outlet = outlet_of(db)
     answers: list[Published | Exception | None] = []
     drafts: dict[int, Draft] = {}
@@ -132,7 +144,7 @@ def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Ex
     with transaction(db):
         stored = _insert_events(db, list(drafts.values()), stored_time(now))
         fresh = [draft for draft in drafts.values() if draft.event_id in stored]
-        counts = _fan_out(db, fresh, outlet, now)
+        counts = _fan_out(db, fresh, outlet, now, since)
         for place, draft in drafts.items():
             if draft.event_id in stored:
                 count = counts[draft.event_id]
@@ -188,7 +200,10 @@ def _first_answer(db: Database, draft: Draft) -> Published | Exception:
     """The answer to an idempotency key that was used before: the first one again, or a conflict."""
     key = draft.new.idempotency_key
     found = "SELECT event_id, event_type, payload, created_at FROM events WHERE idempotency_key = "
-    event_id, event_type, payload, created_at = db.execute_sql(found + db.param, (key,)).fetchone()
+    row = db.execute_sql(found + db.param, (key,)).fetchone()
+    if row is None:  # purged in this very moment
+        return Unavailable("the event of this idempotency key is being purged; nothing was stored, try again")
+    event_id, event_type, payload, created_at = row
     again = payload_of(draft.new, clock.legacy_time(read_time(created_at)), 2**31)
     if (event_type, payload) != (draft.new.event_type, again):
         return Conflict("this idempotency key was used before, with other content")
@@ -196,7 +211,7 @@ def _first_answer(db: Database, draft: Draft) -> Published | Exception:
     return Published(event_id, event_type, int(db.execute_sql(counted, (event_id,)).fetchone()[0]), duplicate=True)
 
 
-def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetime) -> Counter[str]:
+def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetime, since: float) -> Counter[str]:
     """Insert the deliveries of new events; how many each has."""
     wanted = [
         (place, draft.event_id, event_type, team)
@@ -214,7 +229,7 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
     if len(leased) < len(rows):
         queue(db, "event_id IN (SELECT id FROM {given}) AND NOT leased", sql.ids(draft.event_id for draft in drafts))
     if leased:
-        db.after_commit(lambda: outlet.wake(leased, lost))
+        db.after_commit(lambda: outlet.wake(Wake(leased, lost, since)))
     return Counter(event_id for _, _, event_id, _ in rows)
 
 
@@ -257,16 +272,16 @@ def _insert_one(db: Database, event_id: str, webhook_id: str, at: str) -> list[I
 def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False) -> None:
     """Make the lanes due of the webhooks whose deliveries meet the condition, but no lane before it opens.
 
-    `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter. With `open_now` a lane
+    `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter (`{numbers}`: of numbers). With `open_now` a lane
     that rests is opened.
     """
     moment = sql.moment(db)
     due = sql.later(db, "lanes.open_at", sql.sooner(db, "lanes.due_at", "excluded.due_at"))
     change = "due_at = excluded.due_at, open_at = NULL" if open_now else f"due_at = {due}"
-    where = condition.format(given=sql.rows(db, "id"))
+    where = condition.format(given=sql.rows(db, "id"), numbers=sql.rows(db, "id bigint"))
     statement = (
         f"INSERT INTO lanes (webhook_id, due_at, failures) SELECT DISTINCT webhook_id, {moment}, 0 FROM deliveries "
-        f"WHERE {where} ON CONFLICT (webhook_id) DO UPDATE SET {change}"
+        f"WHERE {where} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
     )
     db.execute_sql(statement, (stored_time(clock.now()), *parameters))
-    db.after_commit(lambda: outlet_of(db).wake((), ""))
+    db.after_commit(lambda: outlet_of(db).wake(Wake()))

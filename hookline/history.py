@@ -10,8 +10,8 @@ from typing import Any
 from peewee import Database, Tuple, fn
 
 from hookline import clock, deliveries, events, sql
+from hookline.database import connected, transaction
 from hookline.errors import Conflict, NotFound
-from hookline.storage import connected, transaction
 from models import IN_ORDER, Delivery, Event, Status, Webhook, read_time, stored_time
 
 UNDELIVERED = (Status.FAILED, Status.CANCELLED)

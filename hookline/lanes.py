@@ -44,7 +44,7 @@ class Job(NamedTuple):
     event_type: str
     body: bytes
     event_time: str  # the `timestamp` in the body
-    claimed_at: float  # of time.monotonic()
+    leased_at: float  # of time.monotonic()
     failures: int = 0  # of its lane, in a row
     exclusive: bool = False  # is the lane closed until it is settled?
     opens_at: str | None = None  # the lane, by its rate limit
@@ -63,19 +63,21 @@ class Settled(NamedTuple):
 
 
 def load(
-    db: Database, leased: Sequence[tuple[int, str]], lanes: Mapping[str, tuple[int, bool, str | None]] | None = None
+    db: Database,
+    leased: Sequence[tuple[int, str]],
+    since: float,
+    lanes: Mapping[str, tuple[int, bool, str | None]] | None = None,
 ) -> list[Job]:
     """The jobs of these deliveries (id, end of the lease), as far as they are committed and still leased.
 
-    `lanes`: for each webhook the last three fields of its jobs.
+    `since`: when the leases began, of time.monotonic(). `lanes`: for each webhook the last three fields of its jobs.
     """
-    claimed_at = time.monotonic()
     found = db.execute_sql(load_sql(db), (sql.parameter(leased), IN_ORDER)).fetchall()
     wanted = {row[2] for row in found}
     select = "SELECT event_id, event_type, payload, created_at FROM events WHERE event_id IN "
     rows = db.execute_sql(f"{select}(SELECT id FROM {sql.rows(db, 'id')})", (sql.ids(wanted),)).fetchall()
     contents = {
-        event_id: (event_type, payload.encode(), clock.legacy_time(read_time(created_at)), claimed_at)
+        event_id: (event_type, payload.encode(), clock.legacy_time(read_time(created_at)), since)
         for event_id, event_type, payload, created_at in rows
     }
     none = (0, False, None)
@@ -104,7 +106,7 @@ def next_due(db: Database, busy: Sequence[str]) -> datetime | None:
 
 def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], busy: Sequence[str]) -> list[Job]:
     """Lease what is due in the due lanes, at most `free` deliveries, and a fair share of each lane."""
-    now = clock.now()
+    now, since = clock.now(), time.monotonic()
     lost = stored_time(now + timedelta(seconds=rules.lease))
     statement = f"""
         SELECT l.webhook_id, l.failures, w.enabled, w.ordered, w.rate_limit
@@ -129,21 +131,22 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
         _move_on(db, webhook_id, now, lost if exclusive and ids else opens, more=len(ids) == budget)
         lanes[webhook_id] = (failures, exclusive, opens)
         leased += [(delivery_id, lost) for delivery_id in ids]
-    return load(db, leased, lanes) if leased else []
+    return load(db, leased, since, lanes) if leased else []
 
 
 def _lease(db: Database, webhook_id: str, ordered: bool, budget: int, now: str, lost: str) -> list[int]:
     """Lease the oldest due deliveries of a webhook. With strict order they keep their place: the lane is the lease."""
     moment = sql.moment(db)
     statement = f"""
-        UPDATE deliveries SET leased = TRUE,
-               next_attempt_at = CASE WHEN {db.param} THEN next_attempt_at ELSE {moment} END
-        WHERE delivery_id IN (
+        WITH due AS MATERIALIZED (
             SELECT delivery_id FROM deliveries
             WHERE webhook_id = {db.param} AND status = 'pending' AND next_attempt_at <= {moment}
-            ORDER BY next_attempt_at, delivery_id LIMIT {db.param})
+            ORDER BY next_attempt_at, delivery_id LIMIT {db.param}{sql.skip_locked(db, "deliveries")})
+        UPDATE deliveries SET leased = TRUE,
+               next_attempt_at = CASE WHEN {db.param} THEN next_attempt_at ELSE {moment} END
+        WHERE delivery_id IN (SELECT delivery_id FROM due) AND status = 'pending'
         RETURNING delivery_id"""
-    return [row[0] for row in db.execute_sql(statement, (ordered, lost, webhook_id, now, budget)).fetchall()]
+    return [row[0] for row in db.execute_sql(statement, (webhook_id, now, budget, ordered, lost)).fetchall()]
 
 
 def _move_on(db: Database, webhook_id: str, now: datetime, opens: str | None, *, more: bool) -> None:
@@ -165,11 +168,13 @@ def _move_on(db: Database, webhook_id: str, now: datetime, opens: str | None, *,
 def _cancel_some(db: Database, webhook_id: str, now: datetime) -> None:
     """Cancel what waits for a disabled webhook, a batch at a time, so that no writer is held up."""
     statement = f"""
+        WITH batch AS MATERIALIZED (
+            SELECT delivery_id FROM deliveries WHERE webhook_id = {db.param} AND status = 'pending'
+            LIMIT {CANCELLED_AT_ONCE}{sql.skip_locked(db, "deliveries")})
         UPDATE deliveries SET status = 'cancelled', leased = FALSE, next_attempt_at = NULL,
                finished_at = {sql.moment(db)}, last_error = 'the webhook was disabled'
-        WHERE delivery_id IN (SELECT delivery_id FROM deliveries WHERE webhook_id = {db.param} AND status = 'pending'
-                              LIMIT {CANCELLED_AT_ONCE})"""
-    cursor = db.execute_sql(statement, (stored_time(now), webhook_id))
+        WHERE delivery_id IN (SELECT delivery_id FROM batch) AND status = 'pending'"""
+    cursor = db.execute_sql(statement, (webhook_id, stored_time(now)))
     _move_on(db, webhook_id, now, None, more=cursor.rowcount == CANCELLED_AT_ONCE)
 
 
@@ -181,8 +186,11 @@ def settle(db: Database, settled: Sequence[Settled], delinquent_since: str) -> N
     now = stored_time(clock.now())
     if any(one.job.attempts for one in settled):
         _keep_earlier_attempts(db, settled)
-    db.execute_sql(settle_sql(db), (sql.parameter(_settled_row(one, now) for one in settled),))
-    db.execute_sql(count_sql(db), (sql.parameter(_counts(settled)),))
+    rows = db.execute_sql(settle_sql(db), (sql.parameter(_settled_row(one, now) for one in settled),)).fetchall()
+    recorded = {delivery_id for (delivery_id,) in rows}  # the others were settled before, or given up
+    counts = _counts(one for one in settled if one.job.delivery_id in recorded)
+    sql.lock(db, "webhooks", "webhook_id", [webhook_id for webhook_id, *_ in counts])
+    db.execute_sql(count_sql(db), (sql.parameter(counts),))
     lanes = _lanes_after(settled, now)
     if lanes:
         db.execute_sql(lanes_sql(db), (sql.parameter(lanes),))
@@ -227,7 +235,8 @@ def settle_sql(db: Database) -> str:
                last_response = given.answer
         FROM {sql.rows(db, *columns)}
         WHERE delivery_id = given.id AND attempts = given.attempts_made
-              AND (status = 'pending' OR status = 'cancelled' AND given.outcome = 'succeeded')"""
+              AND (status = 'pending' OR status = 'cancelled' AND given.outcome = 'succeeded')
+        RETURNING delivery_id"""
 
 
 def _settled_row(one: Settled, now: str) -> tuple[Any, ...]:
@@ -283,7 +292,7 @@ def lanes_sql(db: Database) -> str:
     return f"""
         INSERT INTO lanes (webhook_id, due_at, open_at, failures)
         SELECT w.webhook_id, given.due, given.opens, given.failed
-        FROM {rows} CROSS JOIN webhooks w WHERE w.webhook_id = given.id
+        FROM {rows} CROSS JOIN webhooks w WHERE w.webhook_id = given.id ORDER BY w.webhook_id
         ON CONFLICT (webhook_id) DO UPDATE SET open_at = excluded.open_at,
             failures = CASE WHEN excluded.failures = 0 THEN 0 ELSE {more} END,
             due_at = CASE WHEN excluded.open_at IS NULL THEN {sooner} ELSE excluded.due_at END"""
@@ -352,7 +361,7 @@ def sweep(db: Database) -> int:
             WHERE id IS NOT NULL
         )
         INSERT INTO lanes (webhook_id, due_at, failures) SELECT id, {sql.moment(db)}, 0 FROM first
-        WHERE due <= {sql.moment(db)}
+        WHERE due <= {sql.moment(db)} ORDER BY id
         ON CONFLICT (webhook_id) DO UPDATE SET due_at = excluded.due_at
         WHERE lanes.due_at > excluded.due_at AND (lanes.open_at IS NULL OR lanes.open_at <= excluded.due_at)
         RETURNING webhook_id"""

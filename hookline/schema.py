@@ -17,9 +17,10 @@ from playhouse.migrations import Runner
 from playhouse.schema_diff import diff_models
 
 import models
+from hookline.database import LOCK_TIMEOUT, connected, is_postgres
 from hookline.errors import Conflict, HooklineError, Invalid
-from hookline.storage import connected
 
+ADVISORY_LOCK = 0x686F6F6B6C696E65  # "hookline"; one lock of a PostgreSQL database, for migrations
 DIRECTORY = Path(__file__).resolve().parent.parent / "migrations"
 
 
@@ -67,7 +68,7 @@ def diff(db: Database) -> str:
 
 def _run(db: Database, directory: Path, action: Callable[[Runner], list[str]]) -> list[str]:
     runner = Runner(db, str(directory))
-    with _alone(db), connected(db):
+    with connected(db), _alone(db):
         try:
             names = action(runner)
         except HooklineError:
@@ -86,6 +87,8 @@ def _forget_empty_history(runner: Runner) -> None:
 
 
 def _check_foreign_keys(db: Database) -> None:
+    if is_postgres(db):  # it never lets them break
+        return
     broken = db.execute_sql("PRAGMA foreign_key_check").fetchall()
     if broken:
         raise Invalid(f"{len(broken)} rows point at rows that are gone, the first in the table {broken[0][0]}")
@@ -93,7 +96,16 @@ def _check_foreign_keys(db: Database) -> None:
 
 @contextmanager
 def _alone(db: Database) -> Iterator[None]:
-    """One migrating process at a time. The lock is on the folder, so that no lock file is left behind."""
+    """One migrating process at a time. SQLite's lock is on the folder, so that no lock file is left behind."""
+    if is_postgres(db):
+        db.execute_sql("SELECT set_config('lock_timeout', '0', false)")  # to wait for the one that migrates
+        db.execute_sql("SELECT pg_advisory_lock(%s)", (ADVISORY_LOCK,))
+        db.execute_sql("SELECT set_config('lock_timeout', %s, false)", (f"{LOCK_TIMEOUT}s",))
+        try:
+            yield
+        finally:
+            db.execute_sql("SELECT pg_advisory_unlock(%s)", (ADVISORY_LOCK,))
+        return
     try:
         import fcntl
     except ImportError:  # Windows: two at once collide, harmlessly

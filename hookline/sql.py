@@ -10,11 +10,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peewee import Database, PostgresqlDatabase
+from peewee import Database
 
-
-def is_postgres(db: Database) -> bool:
-    return isinstance(db, PostgresqlDatabase)
+from hookline.database import is_postgres
 
 
 def rows(db: Database, *columns: str, alias: str = "given") -> str:
@@ -56,6 +54,16 @@ def later(db: Database, first: str, second: str) -> str:
 
 def sooner(db: Database, first: str, second: str) -> str:
     return f"least({first}, {second})" if is_postgres(db) else f"min({first}, {second})"
+
+
+def lock(db: Database, table: str, key: str, values: Sequence[str]) -> None:
+    """Lock these rows for an update of theirs, in one order, so that two transactions never wait for each other.
+
+    SQLite has one writer.
+    """
+    if is_postgres(db) and len(values) > 1:
+        select = f"SELECT {key} FROM {table} WHERE {key} IN (SELECT id FROM {rows(db, 'id')})"
+        db.execute_sql(f"{select} ORDER BY {key} FOR NO KEY UPDATE", (ids(values),))
 
 
 def skip_locked(db: Database, table: str) -> str:

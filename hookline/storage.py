@@ -1,7 +1,7 @@
-"""Storage: opening a database, and the two ways an asynchronous caller may use it.
+"""Storage: the two ways in which an asynchronous caller may use a database.
 
-    await storage.read(fn, *args)     a short look-up, at once, on the event loop's own connection
-    await storage.scan(fn, *args)     the same for work that may be long: in a worker thread
+    await storage.read(fn, *args)     a short look-up
+    await storage.scan(fn, *args)     the same for work that may be long
     await storage.write(fn, *args)    inside a transaction; returns once the commit is durable
     await storage.write_together(fn, item)    the same, where `fn([item, ...])` takes all that are waiting at once
 
@@ -11,120 +11,37 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 import anyio.to_thread
-from peewee import Database, InterfaceError, OperationalError
-from playhouse.pool import PooledSqliteDatabase
+from peewee import Database
 
-from hookline.errors import Invalid, Unavailable
+from hookline import notices
+from hookline.database import PASSING, POOL_SIZE, connected, error_name, is_lost, is_postgres, sentence_for, unit
+from hookline.errors import Unavailable
+from hookline.notices import Notices
 
 T = TypeVar("T")
 
 GROUP_LIMIT = 500  # writes in one commit
-FAILURES = (OperationalError, InterfaceError)
-BUSY_TIMEOUT = 30  # seconds that a writer waits for another process, an import of a million webhooks included
-
-PRAGMAS = {
-    "journal_mode": "wal",
-    "synchronous": "full",
-    "foreign_keys": 1,
-    "cache_size": -16_000,  # KiB
-    "journal_size_limit": 64 * 1024 * 1024,
-}
+TRIES = 3  # of a write that something passing was in the way of, on PostgreSQL
+STOPPING = "the service is stopping; nothing was stored"
 
 
-def open_database(url: str, **pragmas: Any) -> Database:
-    """The database at `sqlite:///relative.db` or `sqlite:////absolute.db`, not yet connected.
-
-    Raises Invalid for any other URL or a folder that cannot be made.
-    """
-    if not url.startswith("sqlite:///") or url == "sqlite:///":
-        raise Invalid("DATABASE_URL must be like sqlite:///data/webhooks.db")
-    path = Path(url.removeprefix("sqlite:///"))
+def read_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
+    """`fn(*args)` on this thread, once more if the connection was lost. Raises Unavailable."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise Invalid(f"the folder of the database, {path.parent}, cannot be made: {exc.strerror}") from exc
-    db: Database = PooledSqliteDatabase(
-        str(path),
-        pragmas={**PRAGMAS, **pragmas},
-        timeout=BUSY_TIMEOUT,  # the pool's own: how long to wait for a free connection
-        check_same_thread=False,
-        lock_type="IMMEDIATE",
-        autoconnect=False,
-        max_connections=64,
-    )
-    db.timeout = BUSY_TIMEOUT  # type: ignore[attr-defined]  # SQLite's: the pool keeps the argument above to itself
-    return db
-
-
-_thread = threading.local()  # `in_unit`: is this the writer, running a job?
-
-
-class connected:  # a class, because it is on every path
-    """This thread's connection, opened for the block unless the caller already holds one.
-
-    The database's own failures in the block become Unavailable.
-    """
-
-    def __init__(self, db: Database) -> None:
-        self.db = db
-
-    def __enter__(self) -> None:
-        self.opened = self.db.is_closed()
-        if self.opened:
-            try:
-                self.db.connect()
-            except FAILURES as exc:
-                raise Unavailable(sentence_for(exc)) from exc
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
-        if self.opened:
-            self.db.close()
-        if isinstance(exc, FAILURES):
-            raise Unavailable(sentence_for(exc)) from exc
-
-
-@contextmanager
-def transaction(db: Database) -> Iterator[None]:
-    """One unit of work: committed at the end of the block, or, inside a caller's transaction, a savepoint of it.
-
-    Inside `Storage.write` the unit is open already. Failures become Unavailable.
-    """
+        with connected(db):
+            return fn(*args)
+    except Unavailable as exc:
+        if not is_lost(exc):
+            raise
     with connected(db):
-        if getattr(_thread, "in_unit", False):
-            yield
-            return
-        with db.atomic():
-            yield
-
-
-def sentence_for(exc: BaseException) -> str:
-    """Why the database could not do it, without SQL or paths."""
-    return {
-        "SQLITE_FULL": "the disk is full; nothing was stored",
-        "SQLITE_BUSY": "the database is busy; nothing was stored, try again",
-        "SQLITE_READONLY": "the database is read-only; nothing was stored",
-    }.get(error_name(exc), "the database is unavailable; nothing was stored, try again")
-
-
-def error_name(exc: BaseException) -> str:
-    """SQLite's primary name of an error, such as SQLITE_FULL, found along the chain of causes; '' if there is none."""
-    seen: BaseException | None = exc
-    name = ""
-    while seen is not None:
-        found = getattr(seen, "sqlite_errorname", None) or getattr(getattr(seen, "orig", None), "sqlite_errorname", "")
-        if found and found != "SQLITE_ERROR":
-            name = "_".join(found.split("_")[:2])
-        seen = seen.__cause__ or seen.__context__
-    return name
+        return fn(*args)
 
 
 class Job(NamedTuple):
@@ -142,10 +59,62 @@ class GroupFailed(Exception):
 
 
 class Storage:
-    """The connection hook of one database. `start` and `stop` belong to the running event loop."""
+    """The connection hook of one database: see `storage_of`. `start` and `stop` belong to the running event loop."""
 
     def __init__(self, db: Database) -> None:
         self.db = db
+
+    async def start(self) -> None:
+        raise NotImplementedError
+
+    async def stop(self) -> None:
+        """Finish every write that was accepted, then close."""
+        raise NotImplementedError
+
+    async def read(self, fn: Callable[..., T], *args: Any) -> T:
+        """`fn(*args)`, a point look-up or the like. Raises Unavailable if the database cannot be read."""
+        raise NotImplementedError
+
+    async def scan(self, fn: Callable[..., T], *args: Any) -> T:
+        """`fn(*args)` in a worker thread, for what may take long. Raises Unavailable."""
+        raise NotImplementedError
+
+    async def write(self, fn: Callable[..., T], *args: Any) -> T:
+        """`fn(*args)` in a transaction; returns when its commit is durable.
+
+        `fn` touches nothing but the database: it is run again where something passing was in its way. Raises what
+        `fn` raised (then it alone is rolled back), or Unavailable if it could not be committed.
+        """
+        raise NotImplementedError
+
+    async def write_together(self, fn: Callable[[list[Any]], Sequence[T]], item: Any) -> T:
+        """Like `write` of `fn([item])[0]`, but `fn` is called once with the items of all such writes that wait.
+
+        One statement for a whole group costs little more than one for a single write. `fn` returns a result for each
+        item, in order.
+        """
+        raise NotImplementedError
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Call `wake` on the loop when another process has queued something, as far as the database can tell."""
+
+    def notify(self) -> None:
+        """Tell the other processes, soon, that something is queued. From any thread; one lost costs them a poll."""
+
+
+def storage_of(db: Database, pool_size: int = POOL_SIZE) -> Storage:
+    return PostgresStorage(db, pool_size) if is_postgres(db) else SqliteStorage(db)
+
+
+class SqliteStorage(Storage):
+    """Reads on the event loop's own connection, writes in one thread that commits in groups.
+
+    A point look-up in WAL mode takes less than a hop to a thread, and never waits for the writer. Each statement of the
+    writer gives up the GIL and must win it back from the event loop, hence few statements for many writes.
+    """
+
+    def __init__(self, db: Database) -> None:
+        super().__init__(db)
         self._waiting: list[Job] = []  # of this turn of the event loop
         self._jobs: SimpleQueue[list[Job] | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
@@ -157,7 +126,6 @@ class Storage:
         self._writer.start()
 
     async def stop(self) -> None:
-        """Finish every write that was accepted, then close."""
         writer, self._writer = self._writer, None  # from here on writes are refused, not queued behind the end
         if writer is not None:
             self._hand_over()
@@ -167,38 +135,22 @@ class Storage:
         self.db.close_all()  # type: ignore[attr-defined]
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(*args)` at once, on the event loop: a point look-up in WAL mode is cheaper than a thread hop.
-
-        Raises Unavailable if the database cannot be read.
-        """
-        return self.read_now(fn, *args)
+        return read_now(self.db, fn, *args)
 
     async def scan(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(*args)` in a worker thread, for what may take long. Raises Unavailable."""
-        return await anyio.to_thread.run_sync(self.read_now, fn, *args)
+        return await anyio.to_thread.run_sync(read_now, self.db, fn, *args)
 
     async def write(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(*args)` in the next group of writes; returns when the group's commit is durable.
-
-        `fn` touches nothing but the database: it is run again where a neighbour in its group fails. Raises what `fn`
-        raised (then it alone is rolled back), or Unavailable if the group could not be committed (then nothing of it
-        is stored).
-        """
         answer: T = await self._enqueue(fn, args, together=False)
         return answer
 
     async def write_together(self, fn: Callable[[list[Any]], Sequence[T]], item: Any) -> T:
-        """Like `write` of `fn([item])[0]`, but `fn` is called once with the items of all such writes in the group.
-
-        Each statement of the writer gives up the GIL and must win it back from the event loop, so one statement for
-        the whole group is several times as fast. `fn` returns a result for each item, in order.
-        """
         answer: T = await self._enqueue(fn, (item,), together=True)
         return answer
 
     def _enqueue(self, fn: Callable[..., Any], args: tuple[Any, ...], together: bool) -> asyncio.Future[Any]:
         if self._writer is None:
-            raise Unavailable("the service is stopping; nothing was stored")
+            raise Unavailable(STOPPING)
         if not self._waiting:  # the writer gets all writes of this turn of the loop at once
             self._loop.call_soon(self._hand_over)
         future = self._loop.create_future()
@@ -210,13 +162,7 @@ class Storage:
             self._jobs.put(self._waiting)
             self._waiting = []
 
-    def read_now(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(*args)` on this thread. Raises Unavailable."""
-        with connected(self.db):
-            return fn(*args)
-
     def _write_groups(self) -> None:
-        _thread.in_unit = True
         while (group := self._next_group()) is not None:
             answers = self._commit(group)
             self._loop.call_soon_threadsafe(deliver, group, answers)
@@ -242,7 +188,7 @@ class Storage:
         writes. If one fails, all is rolled back, and the group is run again with a savepoint around each.
         """
         try:
-            with connected(self.db), self.db.atomic():
+            with unit(self.db):
                 return run_all(group)
         except Exception as exc:
             if error_name(exc) == "SQLITE_BUSY":  # waited long enough once
@@ -251,7 +197,7 @@ class Storage:
 
     def _commit_each(self, group: list[Job]) -> list[Any]:
         try:
-            with connected(self.db), self.db.atomic():
+            with unit(self.db):
                 return [self._attempt(job) for job in group]
         except Exception as exc:
             failure = exc if isinstance(exc, Unavailable) else Unavailable(sentence_for(exc))
@@ -268,11 +214,137 @@ class Storage:
             return exc
 
     def _still_in_transaction(self) -> bool:
-        connection = self.db.connection()
-        return not isinstance(connection, sqlite3.Connection) or connection.in_transaction
+        return bool(self.db.connection().in_transaction)
 
 
-def run_all(group: list[Job]) -> list[Any]:
+class PostgresStorage(Storage):
+    """Reads and writes in worker threads, as many as the pool has connections, each write in its own transaction.
+
+    Units of different kinds never share a transaction: each takes its locks in one order, but not all in the same.
+    """
+
+    def __init__(self, db: Database, pool_size: int) -> None:
+        super().__init__(db)
+        self._pool_size = pool_size
+        self._groups: dict[Callable[..., Any], list[Job]] = {}  # what waits, by the function that takes it together
+        self._running: set[asyncio.Future[Any]] = set()
+        self._refusing = True
+        self._notices = Notices(db, self._notify_now)
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._threads = ThreadPoolExecutor(self._pool_size, "hookline-postgres")
+        self._refusing = False
+        await self._notices.start()
+
+    async def stop(self) -> None:
+        if not self._refusing:
+            self._refusing = True
+            await self._notices.stop()
+            while self._running:
+                await asyncio.wait(self._running)
+            await anyio.to_thread.run_sync(self._threads.shutdown)
+        self.db.close_all()  # type: ignore[attr-defined]
+
+    async def read(self, fn: Callable[..., T], *args: Any) -> T:
+        return await self._in_thread(read_now, self.db, fn, *args)
+
+    scan = read
+
+    async def write(self, fn: Callable[..., T], *args: Any) -> T:
+        self._require_open()
+        writing = self._tracked(self._in_thread(write_now, self.db, fn, *args))
+        return await asyncio.shield(writing)  # what was begun is finished, also when the client goes away
+
+    async def write_together(self, fn: Callable[[list[Any]], Sequence[T]], item: Any) -> T:
+        self._require_open()
+        job = Job(fn, (item,), self._loop.create_future(), together=True)
+        if fn in self._groups:
+            self._groups[fn].append(job)
+        else:
+            self._groups[fn] = [job]
+            self._tracked(self._write_groups(fn))
+        answer: T = await job.future
+        return answer
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        self._notices.listen(wake)
+
+    def notify(self) -> None:
+        if not self._refusing:
+            self._notices.tell()
+
+    def _require_open(self) -> None:
+        if self._refusing:
+            raise Unavailable(STOPPING)
+
+    def _in_thread(self, fn: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        return self._loop.run_in_executor(self._threads, fn, *args)
+
+    def _tracked(self, work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> asyncio.Future[T]:
+        """Work that `stop` waits for."""
+        task = asyncio.ensure_future(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def _write_groups(self, fn: Callable[..., Any]) -> None:
+        """Commit what waits for `fn`, one group after the other: the next one gathers while one is committed."""
+        while group := self._groups[fn][:GROUP_LIMIT]:
+            del self._groups[fn][:GROUP_LIMIT]
+            try:
+                answers = await self._in_thread(self._commit, fn, group)
+            except Exception as exc:
+                answers = [exc] * len(group)
+            deliver(group, answers)
+        del self._groups[fn]
+
+    def _commit(self, fn: Callable[..., Any], group: list[Job]) -> list[Any]:
+        """An answer for each write of the group. If one of them fails each has a transaction of its own."""
+        try:
+            return list(write_now(self.db, fn, [job.args[0] for job in group]))
+        except Unknown as exc:
+            return [exc] * len(group)
+        except Exception as exc:
+            if len(group) == 1 or is_lost(exc):
+                return [exc] * len(group)
+        return [self._alone(job) for job in group]
+
+    def _alone(self, job: Job) -> Any:
+        try:
+            return write_now(self.db, job.run)
+        except Exception as exc:
+            return exc
+
+    async def _notify_now(self) -> None:
+        await self._in_thread(read_now, self.db, notices.send, self.db)
+
+
+class Unknown(Unavailable):
+    """The connection was lost while it was committing."""
+
+
+def write_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
+    """`fn(*args)` in a transaction on this thread, again where something passing was in its way. Raises Unavailable."""
+    for left in reversed(range(TRIES)):
+        done = False
+        try:
+            with unit(db):
+                answer = fn(*args)
+                done = True
+        except Exception as exc:
+            if done and is_lost(exc):
+                raise Unknown("the database went away in the middle: it may have been stored, or not") from exc
+            if left and (is_lost(exc) or error_name(exc) in PASSING):
+                continue
+            if error_name(exc) in PASSING:
+                raise Unavailable(sentence_for(exc)) from exc
+            raise
+        return answer
+    raise AssertionError("unreachable")
+
+
+def run_all(group: Sequence[Job]) -> list[Any]:
     """The answer of each job, those that can run together in one call."""
     answers: list[Any] = [None] * len(group)
     sets: dict[Callable[..., Any], list[int]] = {}

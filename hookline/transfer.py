@@ -18,11 +18,11 @@ from typing import Any
 from peewee import Database
 
 from hookline import clock
+from hookline.database import connected, transaction
 from hookline.egress import Network, literal_refusal
 from hookline.errors import Invalid
 from hookline.files import back_up, replace_file
 from hookline.registration import check_text
-from hookline.storage import connected, transaction
 from models import read_time, stored_time
 
 FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()  # noqa: SIM905

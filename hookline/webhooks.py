@@ -18,13 +18,14 @@ from uuid_utils import uuid7
 
 import models
 from hookline import clock, events, history, schema, sql
+from hookline.database import connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.errors import Conflict, NotFound
 from hookline.events import NewEvent, Published
 from hookline.policy import Rules
 from hookline.registration import Registration, check, check_secret
-from hookline.storage import Storage, connected, open_database, transaction
+from hookline.storage import storage_of
 from models import Subscription, Webhook, read_time, stored_time
 
 MASK = "***"
@@ -41,6 +42,7 @@ REGISTER_COLUMNS = (
     "description",
     "headers",
 )
+REGISTER_TYPES = [f"{name} timestamptz" if name in ("created_at", "updated_at") else name for name in REGISTER_COLUMNS]
 SHOWN_COLUMNS = [
     "webhook_id",
     "url",
@@ -91,7 +93,7 @@ class WebhookManager:
             schema.up(self.db)
         self._insert = (
             f"INSERT INTO webhooks ({', '.join(REGISTER_COLUMNS)}, enabled, total_calls, failed_calls) "
-            f"SELECT {', '.join(REGISTER_COLUMNS)}, TRUE, 0, 0 FROM {sql.rows(self.db, *REGISTER_COLUMNS)}"
+            f"SELECT {', '.join(REGISTER_COLUMNS)}, TRUE, 0, 0 FROM {sql.rows(self.db, *REGISTER_TYPES)}"
         )
         self._subscribe = (
             "INSERT INTO subscriptions (event_type, team, webhook_id) "
@@ -103,7 +105,7 @@ class WebhookManager:
     async def startup(self) -> None:
         """Deliver from now on, if this object opened its database: else the service does."""
         if self._owns_database and self._worker is None:
-            storage = Storage(self.db)
+            storage = storage_of(self.db)
             await storage.start()
             self._worker = Worker(storage, Client(allowed=self._allowed), Rules())
             await self._worker.start()

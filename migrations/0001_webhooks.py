@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from peewee import (
     SQL,
+    BigIntegerField,
     BooleanField,
     CompositeKey,
     Field,
@@ -16,6 +17,7 @@ from peewee import (
     ForeignKeyField,
     IntegerField,
     Model,
+    SqliteDatabase,
     TextField,
     chunked,
 )
@@ -46,6 +48,9 @@ class UtcField(Field):
 
 
 def tables(db):
+    # SQLite's INTEGER has 64 bits, PostgreSQL's 32.
+    Count = IntegerField if isinstance(db, SqliteDatabase) else BigIntegerField
+
     class Webhook(Model):
         webhook_id = TextField(primary_key=True)
         url = TextField()
@@ -54,8 +59,8 @@ def tables(db):
         team = TextField(null=True)
         created_at = UtcField()
         enabled = BooleanField(constraints=[SQL("DEFAULT TRUE")])
-        total_calls = IntegerField(constraints=[SQL("DEFAULT 0")])
-        failed_calls = IntegerField(constraints=[SQL("DEFAULT 0")])
+        total_calls = Count(constraints=[SQL("DEFAULT 0")])
+        failed_calls = Count(constraints=[SQL("DEFAULT 0")])
         last_success = UtcField(null=True)
         last_failure = UtcField(null=True)
         description = TextField(null=True)
@@ -88,7 +93,7 @@ def tables(db):
             database = db
             table_name = "subscriptions"
             primary_key = CompositeKey("event_type", "team", "webhook")
-            without_rowid = True
+            without_rowid = isinstance(db, SqliteDatabase)
 
     Subscription.add_index(Subscription.webhook, name="idx_subscriptions_webhook")
     return Webhook, Subscription

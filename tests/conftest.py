@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,13 +19,16 @@ import pytest
 from peewee import Database
 
 import models
-from hookline import WebhookManager, schema
-from hookline.storage import open_database
+from hookline import WebhookManager
+from hookline.database import open_database
 from settings import Settings
+from tests import databases
+from tests.databases import Place, Postgres, free_port
 from tests.receiver import Receiver
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
+STARTED = pytest.StashKey[Postgres | None]()
 SECRET = "a-secret-of-enough-characters"
 
 
@@ -37,25 +37,46 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@functools.cache
-def migrated_file() -> bytes:
-    """An empty database with our schema: made once, and copied for each test."""
-    with tempfile.TemporaryDirectory() as folder:
-        database = open_database(f"sqlite:///{folder}/webhooks.db")
-        schema.up(database)
-        database.close_all()  # type: ignore[attr-defined]
-        return Path(folder, "webhooks.db").read_bytes()
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # of pytest-xdist: the workers share the server of whoever began them
+        config.stash[STARTED] = databases.start_shared()
 
 
-def make_migrated(path: Path) -> None:
-    path.write_bytes(migrated_file())
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if STARTED in config.stash:
+        databases.stop_shared(config.stash[STARTED])
+
+
+@pytest.fixture(params=databases.BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """What uses this runs on each kind of database."""
+    if reason := databases.why_not(request.param):
+        pytest.skip(reason)
+    return str(request.param)
+
+
+only_sqlite = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+only_postgres = pytest.mark.parametrize("backend", ["postgres"], indirect=True)
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    """A migrated database in a file of its own, bound to the models."""
-    make_migrated(tmp_path / "webhooks.db")
-    database = open_database(f"sqlite:///{tmp_path}/webhooks.db")
+def empty(backend: str, tmp_path: Path) -> Iterator[Place]:
+    """A new database without any table."""
+    with databases.empty(backend, tmp_path) as place:
+        yield place
+
+
+@pytest.fixture
+def place(backend: str, tmp_path: Path) -> Iterator[Place]:
+    """A new database with our schema."""
+    with databases.migrated(backend, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def db(place: Place) -> Iterator[Database]:
+    """A migrated database, bound to the models."""
+    database = open_database(place.url)
     models.db.initialize(database)
     yield database
     database.close_all()  # type: ignore[attr-defined]
@@ -79,33 +100,27 @@ def environment(**settings: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ours} | settings
 
 
-def manage(database: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run `python manage.py ARGUMENTS` on a database file."""
+def manage(place: Place, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run `python manage.py ARGUMENTS` on a database."""
     command = [sys.executable, str(ROOT / "manage.py"), *arguments]
-    env = environment(DATABASE_URL=f"sqlite:///{database}", **settings)
-    return subprocess.run(command, env=env, cwd=database.parent, capture_output=True, text=True, timeout=60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    env = environment(DATABASE_URL=place.url, **settings)
+    return subprocess.run(command, env=env, cwd=place.folder, capture_output=True, text=True, timeout=60)
 
 
 @dataclass
 class Server:
     """A running `python app.py`, and a client of it."""
 
-    database: Path
+    place: Place
     settings: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> Server:
         port = free_port()
-        env = environment(DATABASE_URL=f"sqlite:///{self.database}", PORT=str(port), **self.settings)
+        env = environment(DATABASE_URL=self.place.url, PORT=str(port), **self.settings)
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "app.py")],
             env=env,
-            cwd=self.database.parent,
+            cwd=self.place.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -138,10 +153,8 @@ def registration(**changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(database: Path, **settings: str) -> Iterator[Server]:
-    if not database.exists():
-        make_migrated(database)
-    server = Server(database, settings).start()
+def running(place: Place, **settings: str) -> Iterator[Server]:
+    server = Server(place, settings).start()
     try:
         yield server
     finally:
@@ -149,21 +162,18 @@ def running(database: Path, **settings: str) -> Iterator[Server]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    with running(tmp_path / "webhooks.db") as started:
+def server(place: Place) -> Iterator[Server]:
+    with running(place) as started:
         yield started
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+def serve(place: Place) -> Iterator[Callable[..., Server]]:
     """Start servers with settings of the test's own: `serve(API_KEYS="...")`."""
     started: list[Server] = []
 
     def start(**settings: str) -> Server:
-        database = tmp_path / "webhooks.db"
-        if not database.exists():
-            make_migrated(database)
-        started.append(Server(database, settings).start())
+        started.append(Server(place, settings).start())
         return started[-1]
 
     yield start

@@ -170,9 +170,9 @@ def test_registrations_persist_after_a_restart_of_the_process(server: Server) ->
 
 
 def test_the_imported_file_is_served_and_given_back(server: Server) -> None:
-    file = server.database.parent / "webhooks.json"
+    file = server.place.folder / "webhooks.json"
     file.write_text(json.dumps(recorded("webhooks.json")))
-    assert manage(server.database, "import", str(file)).returncode == 0
+    assert manage(server.place, "import", str(file)).returncode == 0
     shown = server.client.get("/api/v1/webhooks/list").json()["webhooks"]
     expected = [{**entry, "secret": "***", "id": webhook_id} for webhook_id, entry in recorded("webhooks.json").items()]
     assert shown == expected
@@ -180,7 +180,7 @@ def test_the_imported_file_is_served_and_given_back(server: Server) -> None:
 
 def test_ready_says_when_the_schema_is_not_current(server: Server) -> None:
     assert server.client.get("/health").json() == {"status": "ok"}
-    assert manage(server.database, "migrate", "down").returncode == 0
+    assert manage(server.place, "migrate", "down").returncode == 0
     answer = server.client.get("/ready")
     assert answer.status_code == 503
     assert "migrate up" in answer.json()["detail"]

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 
 from hookline import signing
-from tests.conftest import ROOT, SECRET, environment, free_port, make_migrated, manage, running
+from tests.conftest import ROOT, SECRET, environment, manage, only_sqlite, running
+from tests.databases import Place, free_port
 from tests.receiver import Receiver
 
 LOOPBACK = "127.0.0.0/8"
 
 
-def test_a_worker_of_its_own_delivers_what_the_web_process_accepts(tmp_path: Path, receiver: Receiver) -> None:
-    database = tmp_path / "webhooks.db"
-    with running(database, RUN_WORKER="false") as server:
+def test_a_worker_of_its_own_delivers_what_the_web_process_accepts(place: Place, receiver: Receiver) -> None:
+    with running(place, RUN_WORKER="false") as server:
         server.register(url=f"{receiver.url}/hook")
-        env = environment(DATABASE_URL=f"sqlite:///{database}", ALLOWED_NETWORKS=LOOPBACK)
+        env = environment(DATABASE_URL=place.url, ALLOWED_NETWORKS=LOOPBACK)
         command = [sys.executable, str(ROOT / "manage.py"), "worker"]
-        worker = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        worker = subprocess.Popen(command, env=env, cwd=place.folder, stdout=subprocess.PIPE, text=True)
         try:
             accepted = server.client.post("/api/v1/events", json={"event_type": "game_started", "data": {"team": "ne"}})
             assert accepted.status_code == 202
@@ -36,14 +36,12 @@ def test_a_worker_of_its_own_delivers_what_the_web_process_accepts(tmp_path: Pat
             assert worker.returncode == 0
 
 
-def test_publish_stores_an_event_once_for_its_key(tmp_path: Path) -> None:
-    database = tmp_path / "webhooks.db"
-    make_migrated(database)
-    first, again = (manage(database, "publish", "goal", '{"n": 1}', "--idempotency-key", "k") for _ in range(2))
+def test_publish_stores_an_event_once_for_its_key(place: Place) -> None:
+    first, again = (manage(place, "publish", "goal", '{"n": 1}', "--idempotency-key", "k") for _ in range(2))
     assert re.fullmatch(r"evt_\S+: 0 deliveries\n", first.stdout)
     assert again.stdout == first.stdout.strip() + ", published before\n"
     for data, reason in (("{", "DATA is not JSON"), ("[]", "data must be an object")):
-        wrong = manage(database, "publish", "goal", data)
+        wrong = manage(place, "publish", "goal", data)
         assert wrong.returncode == 1
         assert reason in wrong.stderr and "Traceback" not in wrong.stderr
 
@@ -71,21 +69,22 @@ def test_verify_names_why_a_signature_does_not_hold(
     file = tmp_path / "body"
     file.write_bytes(body)
     arguments = ["verify", str(file), *signed_headers(b'{"n":1}', 1_700_000_000), "--at", str(1_700_000_000 + age)]
-    done = manage(tmp_path / "none.db", *arguments, WEBHOOK_SECRET=secret)
+    done = manage(Place(f"sqlite:///{tmp_path}/none.db", tmp_path), *arguments, WEBHOOK_SECRET=secret)
     assert done.stdout.startswith(answer)
     assert done.returncode == int(answer != "it holds\n")
     assert secret not in done.stdout + done.stderr
 
 
-def test_listen_prints_each_delivery_and_whether_its_signature_holds(tmp_path: Path) -> None:
+@only_sqlite
+def test_listen_prints_each_delivery_and_whether_its_signature_holds(place: Place) -> None:
     port = free_port()
     env = environment(WEBHOOK_SECRET=SECRET) | {"PYTHONUNBUFFERED": "1"}
     command = [sys.executable, str(ROOT / "manage.py"), "listen", "--port", str(port)]
-    listener = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    listener = subprocess.Popen(command, env=env, cwd=place.folder, stdout=subprocess.PIPE, text=True)
     assert listener.stdout is not None
     try:
         assert "listening" in listener.stdout.readline()
-        with running(tmp_path / "webhooks.db", ALLOWED_NETWORKS=LOOPBACK) as server:
+        with running(place, ALLOWED_NETWORKS=LOOPBACK) as server:
             server.register(url=f"http://127.0.0.1:{port}/hook")
             server.client.post("/api/v1/events", json={"event_type": "game_started", "data": {"team": "ne"}})
             assert listener.stdout.readline().startswith('game_started: {"team":"ne","event_type"')
@@ -96,12 +95,12 @@ def test_listen_prints_each_delivery_and_whether_its_signature_holds(tmp_path: P
         listener.stdout.close()
 
 
-def test_an_import_warns_of_addresses_that_the_guard_refuses(tmp_path: Path) -> None:
-    database, file = tmp_path / "webhooks.db", tmp_path / "webhooks.json"
+@only_sqlite
+def test_an_import_warns_of_addresses_that_the_guard_refuses(place: Place) -> None:
+    file = place.folder / "webhooks.json"
     entry = '{"url": "http://192.168.1.5:8123/hook", "events": ["a"], "secret": "0123456789abcdef"}'
     file.write_text(f'{{"one": {entry}}}')
-    make_migrated(database)
-    warned = manage(database, "import", str(file), "--dry-run")
+    warned = manage(place, "import", str(file), "--dry-run")
     assert "one: it will not be delivered to: 192.168.1.5" in warned.stderr
     assert "ALLOWED_NETWORKS" in warned.stderr
-    assert manage(database, "import", str(file), ALLOWED_NETWORKS="192.168.0.0/16").stderr == ""
+    assert manage(place, "import", str(file), ALLOWED_NETWORKS="192.168.0.0/16").stderr == ""

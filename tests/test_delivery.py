@@ -16,13 +16,15 @@ from peewee import Database
 from standardwebhooks import Webhook as Oracle
 
 from hookline import WebhookManager, clock, deliveries, events, history, lanes, signing
+from hookline.database import open_database
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.events import NewEvent, Outlet
 from hookline.policy import Rules
-from hookline.storage import Storage, open_database
+from hookline.storage import storage_of
 from models import stored_time
 from tests.conftest import SECRET
+from tests.databases import Place, plan, read_whole
 from tests.receiver import Answer, Received, Receiver
 
 QUICK = Rules(retry_schedule=(0.1, 0.1, 0.1), lease=30, timeout=2, concurrency=16)
@@ -33,7 +35,7 @@ Row = dict[str, Any]
 
 @asynccontextmanager
 async def working(db: Database, rules: Rules = QUICK, client: Client | None = None) -> AsyncIterator[Worker]:
-    storage = Storage(db)
+    storage = storage_of(db)
     worker = Worker(storage, client or Client(allowed=LOOPBACK, timeout=rules.timeout), rules)
     await storage.start()
     await worker.start()
@@ -268,7 +270,7 @@ async def test_stopping_releases_what_is_in_flight_for_the_next_worker(
 
     receiver.answers["/hook"] = first_hangs
     manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
-    storage = Storage(db)
+    storage = storage_of(db)
     worker = Worker(storage, Client(allowed=LOOPBACK, timeout=10), Rules(lease=60, timeout=10))
     await storage.start()
     await worker.start()
@@ -305,14 +307,14 @@ async def test_a_clock_that_jumps_does_not_stall_deliveries(
     assert delivery["status"] == "succeeded"
 
 
-async def test_two_workers_on_one_file_send_nothing_twice(
-    db: Database, manager: WebhookManager, receiver: Receiver
+async def test_two_workers_send_nothing_twice(
+    place: Place, db: Database, manager: WebhookManager, receiver: Receiver
 ) -> None:
     for n in range(5):
         manager.register(f"{receiver.url}/{n}", ["goal"], SECRET)
     for _ in range(40):
         manager.send_event("goal", {})
-    other = open_database(f"sqlite:///{db.database}")
+    other = open_database(place.url)
     async with working(db, Rules(concurrency=8)), working(other, Rules(concurrency=8)):
         await until(ended(db, 200))
     sent = [(one.path, one.event_id) for one in receiver.received]
@@ -399,8 +401,7 @@ def test_a_claim_costs_the_same_whatever_the_backlog(db: Database, manager: Webh
 
     def explain(event: Any) -> None:
         if "deliveries" in event.sql:
-            rows = db.connection().execute(f"EXPLAIN QUERY PLAN {event.sql}", event.params).fetchall()
-            steps.extend(row[3] for row in rows)
+            steps.extend(plan(db, event.sql, event.params))
 
     events.publish_all(db, [NewEvent("goal", {})] * 50)
     db.query_hooks.append(explain)
@@ -408,8 +409,8 @@ def test_a_claim_costs_the_same_whatever_the_backlog(db: Database, manager: Webh
         claimed = lanes.claim(db, Rules(), 10, {}, [])
     db.query_hooks.clear()
     assert [job.webhook_id for job in claimed] == [webhook_id] * 5  # half of what is free
-    assert any("idx_deliveries_pending (webhook_id=? AND next_attempt_at<?)" in step for step in steps), steps
-    assert not [step for step in steps if "SCAN deliveries" in step or step == "SCAN d"]
+    assert any("idx_deliveries_pending" in step for step in steps), steps
+    assert not read_whole(steps, "deliveries", "d")
 
 
 def test_stored_times_sort_as_text() -> None:

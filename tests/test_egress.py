@@ -24,7 +24,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from hookline import egress
 from hookline.egress import KEPT, Client, literal_refusal, refusal, retry_after
 from hookline.policy import Result
-from tests.conftest import free_port
+from tests.databases import free_port
 
 NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
 LOOPBACK = ip_network("127.0.0.0/8")

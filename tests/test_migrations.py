@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import schema
+from hookline import WebhookManager, schema
+from hookline.database import open_database
 from hookline.errors import Invalid
-from hookline.storage import open_database
-from tests.conftest import DATA, ROOT, environment, manage
+from models import Subscription
+from tests.conftest import DATA, ROOT, SECRET, environment, manage, only_sqlite
+from tests.databases import Place
 
 LEGACY = (
     "webhook_id, url, events, secret, team, created_at, total_calls, failed_calls, last_success, last_failure, enabled"
@@ -36,21 +38,22 @@ def down(migrator, db):
 
 
 @pytest.fixture
-def adopted(tmp_path: Path) -> Path:
+def adopted(tmp_path: Path) -> Place:
     """A copy of the replaced service's SQLite file."""
-    return Path(shutil.copy(DATA / "webhooks.db", tmp_path / "webhooks.db"))
+    file = shutil.copy(DATA / "webhooks.db", tmp_path / "webhooks.db")
+    return Place(f"sqlite:///{file}", tmp_path)
 
 
-def rows(path: Path, sql: str) -> list[Any]:
-    db = sqlite3.connect(path)
+def rows(place: Place, sql: str) -> list[Any]:
+    db = sqlite3.connect(place.file)
     try:
         return db.execute(sql).fetchall()
     finally:
         db.close()
 
 
-def dump(path: Path) -> list[str]:
-    db = sqlite3.connect(path)
+def dump(place: Place) -> list[str]:
+    db = sqlite3.connect(place.file)
     try:
         return list(db.iterdump())
     finally:
@@ -65,8 +68,8 @@ def scripts(folder: Path, **more: str) -> Path:
     return directory
 
 
-def test_the_commands_tell_what_they_did(tmp_path: Path) -> None:
-    database = tmp_path / "webhooks.db"
+def test_the_commands_tell_what_they_did(empty: Place) -> None:
+    database = empty
     assert "0001_webhooks  pending" in manage(database, "migrate", "status").stdout
     assert manage(database, "migrate", "diff").returncode == 1
     assert manage(database, "migrate", "up").stdout == APPLIED
@@ -87,7 +90,7 @@ def test_create_writes_the_next_number(db: Database, tmp_path: Path) -> None:
     assert schema.create(db, "add colour", scripts(tmp_path)).name == f"{len(NAMES) + 1:04}_add_colour.py"
 
 
-def test_the_replaced_services_file_is_adopted_with_all_its_rows(adopted: Path) -> None:
+def test_the_replaced_services_file_is_adopted_with_all_its_rows(adopted: Place) -> None:
     before = rows(adopted, f"SELECT {LEGACY} FROM webhooks ORDER BY webhook_id")
     assert manage(adopted, "migrate", "up").returncode == 0
     assert manage(adopted, "migrate", "diff").returncode == 0
@@ -107,7 +110,7 @@ def test_the_replaced_services_file_is_adopted_with_all_its_rows(adopted: Path) 
     )
 
 
-def test_up_down_up_keeps_the_rows_and_down_gives_the_old_table_back(adopted: Path) -> None:
+def test_up_down_up_keeps_the_rows_and_down_gives_the_old_table_back(adopted: Place) -> None:
     select = f"SELECT {LEGACY} FROM webhooks ORDER BY webhook_id"
     columns = "SELECT name FROM pragma_table_info('webhooks') ORDER BY name"
     before, shape = rows(adopted, select), rows(adopted, columns)
@@ -129,8 +132,8 @@ def test_up_down_up_keeps_the_rows_and_down_gives_the_old_table_back(adopted: Pa
         ("ALTER TABLE webhooks ADD COLUMN colour", "colour"),
     ],
 )
-def test_a_file_that_cannot_be_adopted_is_left_as_it_was(adopted: Path, damage: str, named: str) -> None:
-    db = sqlite3.connect(adopted)
+def test_a_file_that_cannot_be_adopted_is_left_as_it_was(adopted: Place, damage: str, named: str) -> None:
+    db = sqlite3.connect(adopted.file)
     with db:
         db.execute(damage)
     db.close()
@@ -143,18 +146,24 @@ def test_a_file_that_cannot_be_adopted_is_left_as_it_was(adopted: Path, damage: 
     assert dump(adopted) == before
 
 
-def test_a_migration_that_fails_half_way_leaves_the_database_as_it_was(db: Database, tmp_path: Path) -> None:
-    half = "def up(migrator, db):\n    db.execute_sql('CREATE TABLE half (x)')\n"
+def test_a_migration_that_fails_half_way_leaves_the_database_as_it_was(
+    db: Database, manager: WebhookManager, tmp_path: Path
+) -> None:
+    half = "def up(migrator, db):\n    db.execute_sql('CREATE TABLE half (x integer)')\n"
     half += "    db.execute_sql('DELETE FROM subscriptions')\n    raise RuntimeError('half way')\n"
-    before = dump(Path(db.database))
+    manager.register("http://example.com/", ["a"], SECRET)
     with pytest.raises(Invalid, match="half way"):
         schema.up(db, directory=scripts(tmp_path, m0009_half=half))
-    assert dump(Path(db.database)) == before
+    with db.connection_context():
+        assert not db.table_exists("half")
+        assert Subscription.select().count() == 1
+    assert schema.diff(db) == ""
+    assert schema.pending(db) == []
 
 
-def test_a_rebuild_of_the_table_keeps_what_hangs_on_it(adopted: Path, tmp_path: Path) -> None:
+def test_a_rebuild_of_the_table_keeps_what_hangs_on_it(adopted: Place, tmp_path: Path) -> None:
     directory = scripts(tmp_path, m0009_weight=REBUILD)
-    db = open_database(f"sqlite:///{adopted}")
+    db = open_database(adopted.url)
     assert schema.up(db, directory=directory) == [*NAMES, "0009_weight"]
     assert rows(adopted, "SELECT count(*), sum(weight) FROM webhooks") == [(26, 182)]
     filled = rows(adopted, "SELECT count(*) FROM subscriptions")
@@ -165,23 +174,26 @@ def test_a_rebuild_of_the_table_keeps_what_hangs_on_it(adopted: Path, tmp_path: 
     db.close_all()  # type: ignore[attr-defined]
 
 
+@only_sqlite
 def test_rows_that_point_nowhere_are_reported(db: Database, tmp_path: Path) -> None:
     orphan = "def up(migrator, db):\n    db.execute_sql(\"INSERT INTO subscriptions VALUES ('a', '', 'gone')\")\n"
     with pytest.raises(Invalid, match="subscriptions"):
         schema.up(db, directory=scripts(tmp_path, m0009_orphan=orphan))
 
 
-def test_two_migrations_at_once_both_succeed(adopted: Path) -> None:
+def test_two_migrations_at_once_both_succeed(backend: str, empty: Place) -> None:
+    if backend == "sqlite":
+        shutil.copy(DATA / "webhooks.db", empty.file)
     with ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(lambda _: manage(adopted, "migrate", "up"), range(4)))
+        done = list(pool.map(lambda _: manage(empty, "migrate", "up"), range(4)))
     assert [one.returncode for one in done] == [0] * 4
     assert sorted(one.stdout for one in done) == [APPLIED, *["nothing to apply\n"] * 3]
 
 
-def test_the_application_refuses_to_start_while_migrations_are_pending(adopted: Path) -> None:
+def test_the_application_refuses_to_start_while_migrations_are_pending(empty: Place) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "app.py")],
-        env=environment(DATABASE_URL=f"sqlite:///{adopted}"),
+        env=environment(DATABASE_URL=empty.url),
         capture_output=True,
         text=True,
         timeout=30,

@@ -9,6 +9,7 @@ import pytest
 
 import settings
 from tests.conftest import manage
+from tests.databases import Place
 
 
 def test_defaults_are_those_of_a_small_box() -> None:
@@ -18,6 +19,8 @@ def test_defaults_are_those_of_a_small_box() -> None:
 def test_every_setting_is_read() -> None:
     given = {
         "DATABASE_URL": "sqlite:////var/lib/hookline/webhooks.db",
+        "DATABASE_POOL": "3",
+        "ALLOW_EPHEMERAL_SQLITE": "yes",
         "HOST": "0.0.0.0",
         "PORT": "80",
         "API_KEYS": "one, two,",
@@ -29,12 +32,15 @@ def test_every_setting_is_read() -> None:
         "LEASE": "5s",
         "RETRY_SCHEDULE": "1s 2m",
         "DISABLE_AFTER": "1h",
+        "RETENTION": "off",
         "MAX_BODY": "2 MiB",
         "MAX_PAYLOAD": "1KiB",
         "LOG_LEVEL": "DEBUG",
     }
     expected = settings.Settings(
         given["DATABASE_URL"],
+        3,
+        True,
         "0.0.0.0",
         80,
         ("one", "two"),
@@ -46,6 +52,7 @@ def test_every_setting_is_read() -> None:
         5,
         (1, 120),
         3600,
+        None,
         2 * 1024**2,
         1024,
         "debug",
@@ -59,6 +66,8 @@ def test_every_setting_is_read() -> None:
     [
         ("DATABASE_URL", "webhooks.db"),
         ("DATABASE_URL", "mysql://localhost/x"),
+        ("DATABASE_POOL", "0"),
+        ("RETENTION", "30"),
         ("PORT", "http"),
         ("PORT", "65536"),
         ("PORT", "-1"),
@@ -82,7 +91,24 @@ def test_a_wrong_value_is_one_line_that_names_the_setting(name: str, value: str,
 
 
 def test_a_wrong_value_stops_a_command_without_a_traceback(tmp_path: Path) -> None:
-    done = manage(tmp_path / "webhooks.db", "migrate", "status", PORT="http")
+    done = manage(Place(f"sqlite:///{tmp_path}/webhooks.db", tmp_path), "migrate", "status", PORT="http")
     assert done.returncode == 1
     assert "PORT" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sqlite_is_refused_where_the_disk_is_lost_at_a_restart() -> None:
+    heroku = {"DYNO": "web.1"}
+    with pytest.raises(settings.BadSetting, match=r"Heroku loses its disk.*PostgreSQL.*ALLOW_EPHEMERAL_SQLITE=true"):
+        settings.load(heroku)
+    assert settings.load(heroku | {"ALLOW_EPHEMERAL_SQLITE": "true"}).database_url.startswith("sqlite:")
+    for scheme in ("postgres", "postgresql"):
+        assert settings.load(heroku | {"DATABASE_URL": f"{scheme}://user:secret@host/name"})
+
+
+def test_sqlite_is_served_from_a_volume_that_lasts() -> None:
+    railway = {"RAILWAY_ENVIRONMENT": "production", "RAILWAY_VOLUME_MOUNT_PATH": "/data"}
+    assert settings.load(railway | {"DATABASE_URL": "sqlite:////data/webhooks.db"})
+    for elsewhere in ("sqlite:///webhooks.db", "sqlite:////database/webhooks.db", "sqlite:////data/../webhooks.db"):
+        with pytest.raises(settings.BadSetting, match="Railway"):
+            settings.load(railway | {"DATABASE_URL": elsewhere})

@@ -7,18 +7,22 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx2 as httpx
 
 from hookline import WebhookManager
+from hookline.database import open_database
 from tests.conftest import ROOT, SECRET, Server
+from tests.databases import Place
 
 REGISTER_50 = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from hookline import WebhookManager
-manager = WebhookManager(sys.argv[1])
+from hookline import WebhookManager, schema
+from hookline.database import open_database
+db = open_database(sys.argv[1])
+schema.up(db)
+manager = WebhookManager(db=db)
 print("ready", flush=True)
 sys.stdin.readline()
 with ThreadPoolExecutor(5) as pool:
@@ -28,18 +32,17 @@ with ThreadPoolExecutor(5) as pool:
 KILLS = 4
 
 
-def test_200_concurrent_registrations_from_several_processes_all_land(tmp_path: Path) -> None:
-    database = tmp_path / "webhooks.db"  # not there yet: the processes also race to create it
+def test_200_concurrent_registrations_from_several_processes_all_land(empty: Place) -> None:
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", REGISTER_50, str(database), SECRET],
+            [sys.executable, "-c", REGISTER_50, empty.url, SECRET],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(4)
+        for _ in range(4)  # they also race to create the tables
     ]
     for process in processes:
         assert process.stdout
@@ -52,7 +55,9 @@ def test_200_concurrent_registrations_from_several_processes_all_land(tmp_path: 
     assert [errors for _, errors in answers] == [""] * 4
     ids = {line for printed, _ in answers for line in printed.split()}
     assert len(ids) == 200
-    assert set(WebhookManager(database).webhooks) == ids
+    db = open_database(empty.url)
+    assert set(WebhookManager(db=db).webhooks) == ids
+    db.close_all()  # type: ignore[attr-defined]
 
 
 def test_200_concurrent_registrations_over_http_all_land(server: Server) -> None:

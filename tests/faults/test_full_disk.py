@@ -9,25 +9,28 @@ from pathlib import Path
 
 import pytest
 
+from tests import databases
 from tests.conftest import running
+from tests.databases import Place
 from tests.receiver import Receiver
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Place]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("a small file system can only be mounted by root")
-    yield folder
+    with databases.migrated("sqlite", folder) as place:
+        yield place
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_a_503_that_stores_nothing_and_passes_when_there_is_room(small_disk: Path) -> None:
-    with running(small_disk / "webhooks.db") as server:
+def test_a_full_disk_is_a_503_that_stores_nothing_and_passes_when_there_is_room(small_disk: Place) -> None:
+    with running(small_disk) as server:
         kept = server.register().json()["webhook_id"]
-        filler = small_disk / "filler"
+        filler = small_disk.folder / "filler"
         with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
             while True:
                 file.write(b"x" * 4096)
@@ -40,12 +43,12 @@ def test_a_full_disk_is_a_503_that_stores_nothing_and_passes_when_there_is_room(
         assert len(server.client.get("/api/v1/webhooks/list").json()["webhooks"]) == 2
 
 
-def test_deliveries_outlive_a_full_disk(small_disk: Path, receiver: Receiver) -> None:
+def test_deliveries_outlive_a_full_disk(small_disk: Place, receiver: Receiver) -> None:
     settings = {"ALLOWED_NETWORKS": "127.0.0.0/8", "LEASE": "3s", "DELIVERY_TIMEOUT": "1s"}
     event = {"event_type": "game_started", "data": {"team": "ne", "filling": "x" * 2000}}
-    with running(small_disk / "webhooks.db", **settings) as server:
+    with running(small_disk, **settings) as server:
         server.register(url=f"{receiver.url}/hook")
-        filler = small_disk / "filler"
+        filler = small_disk.folder / "filler"
         filler.write_bytes(b"x" * 1_000_000)
         answers = [server.client.post("/api/v1/events", json=event)]
         while answers[-1].status_code == 202 and len(answers) < 500:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests import databases
 from tests.conftest import Server, running
 from tests.receiver import Receiver
 
@@ -27,10 +28,15 @@ MOST_GROWTH = 30_000  # kB
 numbers = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=databases.BACKENDS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for all, so that what an endpoint did to it would show in the tests after it."""
-    with running(tmp_path_factory.mktemp("hostile") / "webhooks.db", **SETTINGS) as started:
+    if reason := databases.why_not(request.param):
+        pytest.skip(reason)
+    with (
+        databases.migrated(request.param, tmp_path_factory.mktemp("hostile")) as place,
+        running(place, **SETTINGS) as started,
+    ):
         yield started
 
 

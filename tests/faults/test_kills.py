@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 
-from tests.conftest import ROOT, Server, environment, make_migrated, running
+from tests.conftest import ROOT, Server, environment, running
+from tests.databases import Place
 from tests.receiver import OK, Answer, Received, Receiver
 
 ROUNDS = 10
@@ -64,8 +64,8 @@ class Load:
 
 
 @contextmanager
-def killed_at_last(database: Path, **settings: str) -> Iterator[Server]:
-    server = Server(database, settings).start()
+def killed_at_last(place: Place, **settings: str) -> Iterator[Server]:
+    server = Server(place, settings).start()
     try:
         yield server
     finally:
@@ -73,12 +73,12 @@ def killed_at_last(database: Path, **settings: str) -> Iterator[Server]:
 
 
 @contextmanager
-def worker(database: Path, **settings: str) -> Iterator[subprocess.Popen[str]]:
+def worker(place: Place, **settings: str) -> Iterator[subprocess.Popen[str]]:
     """`python manage.py worker`, once it delivers."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "manage.py"), "worker"],
-        env=environment(DATABASE_URL=f"sqlite:///{database}", **settings),
-        cwd=database.parent,
+        env=environment(DATABASE_URL=place.url, **settings),
+        cwd=place.folder,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -112,19 +112,17 @@ def every(server: Server, path: str, **query: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_every_acknowledged_event_arrives_whenever_the_server_is_killed(tmp_path: Path, receiver: Receiver) -> None:
-    database = tmp_path / "webhooks.db"
-    make_migrated(database)
+def test_every_acknowledged_event_arrives_whenever_the_server_is_killed(place: Place, receiver: Receiver) -> None:
     acknowledged: list[str] = []
     refused: list[int] = []
     for round_number in range(ROUNDS):
-        with killed_at_last(database, **QUICK) as server:
+        with killed_at_last(place, **QUICK) as server:
             if not round_number:
                 assert server.register(url=f"{receiver.url}/hook").status_code == 201
             with Load(server, acknowledged, refused):
                 time.sleep(random.uniform(0.1, 0.5))  # the moment of the kill is what varies
                 server.stop(signal.SIGKILL)
-    with running(database, **QUICK) as server:
+    with running(place, **QUICK) as server:
         wait_until_none_is_pending(server)
         made = every(server, "/api/v1/deliveries")
         (webhook,) = server.client.get("/api/v1/webhooks").json()["data"]
@@ -136,8 +134,7 @@ def test_every_acknowledged_event_arrives_whenever_the_server_is_killed(tmp_path
     assert webhook["total_calls"] == sum(one["attempts"] for one in made)
 
 
-def test_a_worker_killed_holding_a_lease_is_replaced_when_it_has_run_out(tmp_path: Path, receiver: Receiver) -> None:
-    database = tmp_path / "webhooks.db"
+def test_a_worker_killed_holding_a_lease_is_replaced_when_it_has_run_out(place: Place, receiver: Receiver) -> None:
     asked, release = threading.Event(), threading.Event()
     came: list[float] = []
 
@@ -149,9 +146,9 @@ def test_a_worker_killed_holding_a_lease_is_replaced_when_it_has_run_out(tmp_pat
 
     receiver.answers["/hook"] = first_hangs
     settings = QUICK | {"LEASE": "4s", "DELIVERY_TIMEOUT": "2s"}
-    with running(database, RUN_WORKER="false", **LOOPBACK) as server:
+    with running(place, RUN_WORKER="false", **LOOPBACK) as server:
         server.register(url=f"{receiver.url}/hook")
-        with worker(database, **settings) as first:
+        with worker(place, **settings) as first:
             event_id = server.client.post("/api/v1/events", json=EVENT).json()["event_id"]
             assert asked.wait(15)
             first.kill()
@@ -160,7 +157,7 @@ def test_a_worker_killed_holding_a_lease_is_replaced_when_it_has_run_out(tmp_pat
         assert (waiting["status"], waiting["attempts"]) == ("pending", 0)  # what it did is not known
         assert waiting["waiting_for"].startswith("nothing")  # as far as anyone can know it is under way
         release.set()
-        with worker(database, **settings):
+        with worker(place, **settings):
             wait_until_none_is_pending(server)
         (listed,) = server.client.get("/api/v1/deliveries").json()["data"]
         delivery = server.client.get(f"/api/v1/deliveries/{listed['delivery_id']}").json()
@@ -170,8 +167,7 @@ def test_a_worker_killed_holding_a_lease_is_replaced_when_it_has_run_out(tmp_pat
     assert came[1] - came[0] > 1  # not before the lease of 4 s, which began before the first request, had run out
 
 
-def test_two_workers_on_one_file_make_each_delivery_once(tmp_path: Path, receiver: Receiver) -> None:
-    database = tmp_path / "webhooks.db"
+def test_two_workers_make_each_delivery_once(place: Place, receiver: Receiver) -> None:
     lock, under_way, most = threading.Lock(), [0], [0]
 
     def takes_a_while(_: Received) -> Answer:
@@ -185,9 +181,9 @@ def test_two_workers_on_one_file_make_each_delivery_once(tmp_path: Path, receive
 
     receiver.answers["/hook"] = takes_a_while
     settings = LOOPBACK | {"WORKER_CONCURRENCY": "8"}  # one webhook may have half of them
-    with running(database, RUN_WORKER="false", **LOOPBACK) as server:
+    with running(place, RUN_WORKER="false", **LOOPBACK) as server:
         server.register(url=f"{receiver.url}/hook")
-        with worker(database, **settings), worker(database, **settings):
+        with worker(place, **settings), worker(place, **settings):
             with ThreadPoolExecutor(4) as pool:
                 answers = list(pool.map(lambda _: server.client.post("/api/v1/events", json=EVENT), range(300)))
             wait_until_none_is_pending(server)
@@ -201,9 +197,7 @@ def test_two_workers_on_one_file_make_each_delivery_once(tmp_path: Path, receive
     assert most[0] > 4  # more than one worker makes at once: both of them were at it
 
 
-def test_a_server_told_to_stop_under_load_loses_nothing(tmp_path: Path, receiver: Receiver) -> None:
-    database = tmp_path / "webhooks.db"
-    make_migrated(database)
+def test_a_server_told_to_stop_under_load_loses_nothing(place: Place, receiver: Receiver) -> None:
     held: list[str] = []
     release = threading.Event()
 
@@ -215,7 +209,7 @@ def test_a_server_told_to_stop_under_load_loses_nothing(tmp_path: Path, receiver
     receiver.answers["/hangs"] = hangs
     settings = LOOPBACK | {"LEASE": "10m", "DELIVERY_TIMEOUT": "60s"}  # nobody can wait for these
     try:
-        with killed_at_last(database, **settings) as server:
+        with killed_at_last(place, **settings) as server:
             server.register(url=f"{receiver.url}/hook")
             server.register(url=f"{receiver.url}/hangs")
             with Load(server) as load:
@@ -226,7 +220,7 @@ def test_a_server_told_to_stop_under_load_loses_nothing(tmp_path: Path, receiver
         cut_off = set(held)
     finally:
         release.set()
-    with running(database, **settings) as server:
+    with running(place, **settings) as server:
         wait_until_none_is_pending(server)
         made = every(server, "/api/v1/deliveries")
         webhooks = server.client.get("/api/v1/webhooks").json()["data"]
@@ -242,9 +236,7 @@ def test_a_server_told_to_stop_under_load_loses_nothing(tmp_path: Path, receiver
     assert sum(one["total_calls"] for one in webhooks) == sum(one["attempts"] for one in made)
 
 
-def test_the_counters_of_a_webhook_agree_with_its_log_after_a_kill(tmp_path: Path, receiver: Receiver) -> None:
-    database = tmp_path / "webhooks.db"
-    make_migrated(database)
+def test_the_counters_of_a_webhook_agree_with_its_log_after_a_kill(place: Place, receiver: Receiver) -> None:
     seen: set[str] = set()
 
     def fails_at_first(request: Received) -> Answer:
@@ -254,13 +246,13 @@ def test_the_counters_of_a_webhook_agree_with_its_log_after_a_kill(tmp_path: Pat
         return 500, {}, b"not now"
 
     receiver.answers["/fails"] = fails_at_first
-    with killed_at_last(database, **QUICK) as server:
+    with killed_at_last(place, **QUICK) as server:
         server.register(url=f"{receiver.url}/hook")
         server.register(url=f"{receiver.url}/fails")
         for _ in range(6):
             assert server.client.post("/api/v1/events", json=EVENT).status_code == 202
         receiver.wait_for(4, "/fails")  # in the middle of the retries
-    with running(database, **QUICK) as server:
+    with running(place, **QUICK) as server:
         wait_until_none_is_pending(server)
         server.client.post("/api/v1/events", json=EVENT)  # the last success of both
         wait_until_none_is_pending(server)

@@ -1,0 +1,252 @@
+"""Databases: opening one by its URL, this thread's connection to it, and what its failures mean.
+
+SQLite is one file; PostgreSQL is reached through psycopg 3. What differs between them is here, in `sql.py` (text of
+statements) and in `storage.py` (who runs them).
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peewee import Database, InterfaceError, InternalError, OperationalError, PostgresqlDatabase, Psycopg3Adapter
+from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase, PooledSqliteDatabase
+
+from hookline.errors import Invalid, Unavailable
+
+POSTGRES_SCHEMES = ("postgresql://", "postgres://")
+FAILURES = (OperationalError, InterfaceError, InternalError)
+BUSY_TIMEOUT = 30  # seconds that a writer waits for another process, an import of a million webhooks included
+POOL_SIZE = 8  # connections of one process to PostgreSQL
+STATEMENT_TIMEOUT = 30  # seconds, on PostgreSQL
+LOCK_TIMEOUT = 10  # seconds, on PostgreSQL
+STALE = 3600  # seconds after which a pooled connection is made anew, so that a fail-over is noticed
+LARGE_CACHE = -256 * 1024  # KiB: long work writes more pages than the service keeps, each only once then
+
+PRAGMAS = {
+    "journal_mode": "wal",
+    "synchronous": "full",
+    "foreign_keys": 1,
+    "cache_size": -16_000,  # KiB
+    "journal_size_limit": 64 * 1024 * 1024,
+}
+CONNECTION = {
+    "application_name": "hookline",
+    "connect_timeout": 5,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # ms
+}
+
+
+def open_database(
+    url: str, *, pool_size: int = POOL_SIZE, long_work: bool = False, pragmas: Mapping[str, Any] | None = None
+) -> Database:
+    """The database at this URL, not yet connected.
+
+    `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user:password@host:port/name?sslmode=require`.
+    `long_work`: for a command that may run long statements. Raises Invalid for any other URL, a folder that cannot be
+    made, or PostgreSQL without its driver; no message holds the URL, which may have a password.
+    """
+    if url.startswith(POSTGRES_SCHEMES):
+        return _open_postgres(url, pool_size, long_work)
+    if not url.startswith("sqlite:///") or url == "sqlite:///":
+        raise Invalid("DATABASE_URL must be like sqlite:///data/webhooks.db or postgresql://user:password@host/name")
+    path = Path(url.removeprefix("sqlite:///"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise Invalid(f"the folder of the database, {path.parent}, cannot be made: {exc.strerror}") from exc
+    large = {"cache_size": LARGE_CACHE} if long_work else {}
+    db: Database = PooledSqliteDatabase(
+        str(path),
+        pragmas={**PRAGMAS, **large, **(pragmas or {})},
+        timeout=BUSY_TIMEOUT,  # the pool's own: how long to wait for a free connection
+        check_same_thread=False,
+        lock_type="IMMEDIATE",
+        autoconnect=False,
+        max_connections=64,
+    )
+    db.timeout = BUSY_TIMEOUT  # type: ignore[attr-defined]  # SQLite's: the pool keeps the argument above to itself
+    return db
+
+
+def _open_postgres(url: str, pool_size: int, long_work: bool) -> Database:
+    try:
+        from psycopg import ProgrammingError
+        from psycopg.conninfo import conninfo_to_dict
+    except ImportError as exc:
+        raise Invalid("PostgreSQL needs its driver: pip install -r requirements-postgres.txt") from exc
+    try:
+        parameters: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url)}
+    except ProgrammingError as exc:
+        raise Invalid("DATABASE_URL is not a PostgreSQL URL: postgresql://user:password@host:port/name") from exc
+    name = parameters.pop("dbname", "") or parameters.get("user", "postgres")
+    db: Database = PostgresPool(
+        name,
+        max_connections=pool_size,
+        timeout=BUSY_TIMEOUT,
+        stale_timeout=STALE,
+        prefer_psycopg3=True,
+        autoconnect=False,
+        **parameters,
+    )
+    db.statement_timeout = 0 if long_work else STATEMENT_TIMEOUT  # type: ignore[attr-defined]
+    return db
+
+
+class Adapter(Psycopg3Adapter):
+    """Sets up each new connection, and checks one that was idle without a round trip."""
+
+    def connect(self, db: Database, **parameters: Any) -> Any:
+        connection = super().connect(db, **parameters)  # type: ignore[no-untyped-call]
+        connection.autocommit = True  # transactions are begun by name
+        settings = {
+            "timezone": "UTC",
+            "statement_timeout": f"{db.statement_timeout}s",  # type: ignore[attr-defined]
+            "lock_timeout": f"{LOCK_TIMEOUT}s",
+            "idle_in_transaction_session_timeout": f"{2 * STATEMENT_TIMEOUT}s",
+        }
+        for name, value in settings.items():
+            connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+        # What is acknowledged is on the disk, whatever the server's default is; a stricter default is left alone.
+        durable = "SELECT set_config('synchronous_commit', 'on', false) "
+        connection.execute(durable + "WHERE current_setting('synchronous_commit') = 'off'")
+        return connection
+
+    def is_connection_closed(self, conn: Any) -> bool:
+        """A server that went away has closed the socket, and an idle connection has nothing else to say."""
+        if self.is_connection_reusable(conn):
+            poll = select.poll()
+            poll.register(conn.fileno(), select.POLLIN)
+            if not poll.poll(0):
+                return False
+        conn.close()  # the pool forgets it, and would leave its socket open
+        return True
+
+
+class PostgresPool(PooledPostgresqlDatabase):  # type: ignore[misc]
+    psycopg3_adapter = Adapter
+
+
+def is_postgres(db: Database) -> bool:
+    return isinstance(db, PostgresqlDatabase)
+
+
+def require_reachable(db: Database) -> None:
+    """Raises Unavailable that says why no connection can be had: for those who start a program, not for HTTP."""
+    if not db.is_closed():
+        return
+    try:
+        db.connect()
+    except FAILURES as exc:
+        if not is_postgres(db):
+            raise Unavailable(sentence_for(exc)) from exc
+        reason = str(exc.__context__ or exc).strip().splitlines()[-1]
+        raise Unavailable(f"PostgreSQL cannot be reached: {reason}") from exc
+    db.close()
+
+
+_thread = threading.local()  # `in_unit`: does this thread run a unit of work that `Storage` has begun?
+
+
+class connected:  # a class, because it is on every path
+    """This thread's connection, opened for the block unless the caller already holds one.
+
+    The database's own failures in the block become Unavailable.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+
+    def __enter__(self) -> None:
+        self.opened = self.db.is_closed()
+        if self.opened:
+            try:
+                self.db.connect()
+            except (*FAILURES, MaxConnectionsExceeded) as exc:
+                raise Unavailable(sentence_for(exc)) from exc
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        if self.opened:
+            self.db.close()
+        if isinstance(exc, FAILURES):
+            raise Unavailable(sentence_for(exc)) from exc
+
+
+@contextmanager
+def transaction(db: Database) -> Iterator[None]:
+    """One unit of work: committed at the end of the block, or, inside a caller's transaction, a savepoint of it.
+
+    Inside `Storage.write` the unit is open already. Failures become Unavailable.
+    """
+    with connected(db):
+        if getattr(_thread, "in_unit", False):
+            yield
+            return
+        with db.atomic():
+            yield
+
+
+@contextmanager
+def unit(db: Database) -> Iterator[None]:
+    """A transaction that `transaction` blocks inside it are part of, without savepoints of their own."""
+    with connected(db), db.atomic():
+        _thread.in_unit = True
+        try:
+            yield
+        finally:
+            _thread.in_unit = False
+
+
+BUSY = "the database is busy; nothing was stored, try again"
+SENTENCES = {
+    "SQLITE_FULL": "the disk is full; nothing was stored",
+    "SQLITE_BUSY": BUSY,
+    "SQLITE_READONLY": "the database is read-only; nothing was stored",
+    "53100": "the disk is full; nothing was stored",  # SQLSTATEs of PostgreSQL from here on
+    "53300": "the database has no connection left; nothing was stored, try again",
+    "25006": "the database is read-only; nothing was stored",
+    "40001": BUSY,  # serialization_failure
+    "40P01": BUSY,  # deadlock_detected
+    "55P03": BUSY,  # lock_not_available
+    "57014": BUSY,  # query_canceled, by the time-out of statements
+}
+PASSING = frozenset({"40001", "40P01", "23503"})  # a concurrent change was in the way: also a webhook just deleted
+
+
+def sentence_for(exc: BaseException) -> str:
+    """Why the database could not do it, without SQL, paths or hosts."""
+    return SENTENCES.get(error_name(exc), "the database is unavailable; nothing was stored, try again")
+
+
+def error_name(exc: BaseException) -> str:
+    """SQLite's primary name of an error, such as SQLITE_FULL, or PostgreSQL's SQLSTATE, along the chain of causes.
+
+    '' if there is none.
+    """
+    seen: BaseException | None = exc
+    name = ""
+    while seen is not None:
+        found = getattr(seen, "sqlite_errorname", None) or getattr(getattr(seen, "orig", None), "sqlite_errorname", "")
+        if found and found != "SQLITE_ERROR":
+            name = "_".join(found.split("_")[:2])
+        name = name or getattr(seen, "sqlstate", None) or ""
+        seen = seen.__cause__ or seen.__context__
+    return name
+
+
+def is_lost(exc: BaseException) -> bool:
+    """Did PostgreSQL go away, or end this connection?"""
+    name = error_name(exc)
+    seen: BaseException | None = exc
+    while seen is not None:
+        if isinstance(seen, OperationalError | InterfaceError):
+            return not name or name.startswith(("08", "57P"))
+        seen = seen.__cause__ or seen.__context__
+    return False
