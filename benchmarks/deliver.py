@@ -56,7 +56,7 @@ def delivered() -> Iterator[Figure]:
     """Deliveries per second, published and delivered by one process on one core."""
     with tempfile.TemporaryDirectory(dir=server.DISK) as name, sink() as port:
         database = server.migrated(Path(name))
-        command = [sys.executable, "-m", "benchmarks.delivering", str(database), str(port)]
+        command = [sys.executable, "-m", "benchmarks.delivering", f"sqlite:///{database}", str(port)]
         done = subprocess.run(command, cwd=server.ROOT, check=True, capture_output=True, text=True)
     rounds = [json.loads(line) for line in done.stdout.splitlines()][1:]  # the first warms up
     bare = statistics.median(one["bare"] for one in rounds)

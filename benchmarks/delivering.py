@@ -1,6 +1,6 @@
 """One process that publishes and delivers, on one core, and a bare aiohttp loop to the same sink, round by round.
 
-`python -m benchmarks.delivering DATABASE SINK_PORT`: prints a line of JSON for each round.
+`python -m benchmarks.delivering DATABASE_URL SINK_PORT`: prints a line of JSON for each round.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ async def ours(storage: Storage, fan_out: int) -> float:
 
 
 async def main() -> None:
-    db = open_database(f"sqlite:///{sys.argv[1]}")
+    db = open_database(sys.argv[1])
     url = f"http://127.0.0.1:{sys.argv[2]}/"
     models.db.initialize(db)
     manager = WebhookManager(db=db)

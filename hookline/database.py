@@ -110,6 +110,7 @@ class Adapter(Psycopg3Adapter):
             "timezone": "UTC",
             "statement_timeout": f"{db.statement_timeout}s",  # type: ignore[attr-defined]
             "lock_timeout": f"{LOCK_TIMEOUT}s",
+            "jit": "off",  # it costs more than any statement of ours takes
             "idle_in_transaction_session_timeout": f"{2 * STATEMENT_TIMEOUT}s",
         }
         for name, value in settings.items():

@@ -236,6 +236,14 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
 def _insert_matching(db: Database, wanted: Sequence[Wanted], slots: Slots, at: str, lost: str) -> list[Inserted]:
     """One statement for all: a seek in `subscriptions` for each type and team, whatever its size."""
     moment = sql.moment(db)
+    matching = sql.each(
+        db,
+        sql.rows(db, "place integer", "event_id", "event_type", "team"),
+        "subscriptions s CROSS JOIN webhooks w",
+        "w.webhook_id, w.ordered, w.rate_limit",
+        "s.event_type = given.event_type AND s.team = given.team AND w.webhook_id = s.webhook_id AND w.enabled",
+        alias="w",
+    )
     statement = f"""
         INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
         SELECT webhook_id, event_id, leased,
@@ -245,15 +253,12 @@ def _insert_matching(db: Database, wanted: Sequence[Wanted], slots: Slots, at: s
                    AND row_number() OVER (ORDER BY place, webhook_id) <= {db.param}
                    AND row_number() OVER (PARTITION BY webhook_id ORDER BY place) <= {db.param} AS leased
             FROM (
-                SELECT DISTINCT given.place, given.event_id, s.webhook_id, coalesce(w.ordered, FALSE) AS in_order,
-                       w.rate_limit IS NULL AND w.ordered IS NOT TRUE AND NOT EXISTS (
-                           SELECT 1 FROM lanes l WHERE l.webhook_id = w.webhook_id
-                           AND (l.failures > 0 OR l.due_at <= {moment} OR l.open_at > {moment})
+                SELECT DISTINCT given.place, given.event_id, w.webhook_id, coalesce(w.ordered, FALSE) AS in_order,
+                       w.rate_limit IS NULL AND w.ordered IS NOT TRUE AND NOT coalesce(
+                           (SELECT l.failures > 0 OR l.due_at <= {moment} OR coalesce(l.open_at > {moment}, FALSE)
+                            FROM lanes l WHERE l.webhook_id = w.webhook_id), FALSE
                        ) AND w.webhook_id NOT IN (SELECT id FROM {sql.rows(db, "id", alias="busy")}) AS ordinary
-                FROM {sql.rows(db, "place integer", "event_id", "event_type", "team")}
-                CROSS JOIN subscriptions s CROSS JOIN webhooks w
-                WHERE s.event_type = given.event_type AND s.team = given.team
-                      AND w.webhook_id = s.webhook_id AND w.enabled
+                {matching}
             ) AS matched
         ) AS placed
         ORDER BY place

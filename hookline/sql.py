@@ -32,6 +32,17 @@ def rows(db: Database, *columns: str, alias: str = "given") -> str:
     return f"(SELECT {', '.join(fields)} FROM json_each({db.param})) AS {alias}"
 
 
+def each(db: Database, given: str, tables: str, columns: str, condition: str, *, alias: str) -> str:
+    """FROM and WHERE that join `given` with `tables`, by a seek for each given row.
+
+    The columns are `alias.*` outside. PostgreSQL takes the rows of a parameter for a hundred, and might read whole
+    tables rather than seek so often: LATERAL and OFFSET 0 make it plan for one row.
+    """
+    if is_postgres(db):
+        return f"FROM {given} CROSS JOIN LATERAL (SELECT {columns} FROM {tables} WHERE {condition} OFFSET 0) AS {alias}"
+    return f"FROM {given} CROSS JOIN {tables} WHERE {condition}"
+
+
 def parameter(values: Iterable[Sequence[Any]]) -> str:
     """Rows of plain values as the parameter that `rows` reads."""
     return json.dumps(list(values), ensure_ascii=False, separators=(",", ":"))
