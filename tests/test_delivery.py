@@ -23,7 +23,7 @@ from hookline.events import NewEvent, Outlet
 from hookline.policy import Rules
 from hookline.storage import storage_of
 from models import stored_time
-from tests.conftest import SECRET
+from tests.conftest import SECRET, only_postgres
 from tests.databases import Place, plan, read_whole
 from tests.receiver import Answer, Received, Receiver
 
@@ -319,6 +319,22 @@ async def test_two_workers_send_nothing_twice(
         await until(ended(db, 200))
     sent = [(one.path, one.event_id) for one in receiver.received]
     assert len(sent) == len(set(sent)) == 200
+
+
+@only_postgres
+async def test_a_worker_hears_what_another_process_publishes(
+    place: Place, db: Database, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hookline.delivery.POLL", 3600)
+    other = open_database(place.url)
+    manager = WebhookManager(db=other)
+    manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
+    async with working(db):
+        for number in range(1, 4):
+            await asyncio.to_thread(manager.send_event, "goal", {})
+            await asyncio.to_thread(receiver.wait_for, number)
+        await until(ended(db, 3))
+    other.close_all()  # type: ignore[attr-defined]
 
 
 async def test_a_deleted_webhook_takes_its_deliveries_with_it_even_in_flight(

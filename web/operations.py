@@ -40,7 +40,9 @@ async def ready(request: Request) -> Response:
 async def domain_error(request: Request, exc: Exception) -> Response:
     if isinstance(exc, Unavailable):
         log.error("%s %s: %s", request.method, request.url.path, exc)
-    return JSONResponse({"detail": str(exc)}, STATUSES[type(exc)])  # type: ignore[index]
+    return JSONResponse(
+        {"detail": str(exc)}, next(status for kind, status in STATUSES.items() if isinstance(exc, kind))
+    )
 
 
 async def refused(request: Request, exc: Exception) -> Response:
