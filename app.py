@@ -74,6 +74,7 @@ def worker_of(config: settings.Settings, storage: Storage) -> Worker:
         lease=config.lease,
         timeout=config.delivery_timeout,
         concurrency=config.worker_concurrency,
+        retention=config.retention,
     )
     client = Client(allowed=config.allowed_networks, timeout=config.delivery_timeout)
     return Worker(storage, client, rules, config.max_payload)

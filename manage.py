@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from peewee import Database
 
 import models
 import settings
-from hookline import events, schema, signing, transfer
+from hookline import clock, events, retention, schema, signing, transfer
 from hookline.database import open_database, require_reachable
 from hookline.errors import HooklineError, Invalid
 from hookline.storage import storage_of
@@ -200,6 +201,30 @@ def publish(db: Database, event_type: str, data: str, idempotency_key: str | Non
     published = events.publish_one(db, events.NewEvent(event_type, content, idempotency_key))
     again = ", published before" if published.duplicate else ""
     click.echo(f"{published.event_id}: {published.deliveries} deliveries{again}")
+
+
+def older_than(context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    try:
+        return settings.load().retention if text is None else settings.duration("--older-than", text)
+    except settings.BadSetting as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+@main.command()
+@click.option("--older-than", callback=older_than, help="Such as 30d; RETENTION unless given.")
+@click.option("--dry-run", is_flag=True, help="Count what would go; delete nothing.")
+@with_database
+def purge(db: Database, older_than: float | None, dry_run: bool) -> None:
+    """Delete old events with their deliveries and attempts, where all has ended. Workers do so of themselves."""
+    schema.require_current(db)
+    if older_than is None:
+        raise click.ClickException("RETENTION is off: say --older-than")
+    cutoff = clock.now() - timedelta(seconds=older_than)
+    events_, deliveries = retention.count(db, cutoff)
+    if not dry_run:
+        with progress_bar() as progress:
+            events_, deliveries = retention.purge_all(db, cutoff, lambda done: progress("purged", done, events_))
+    click.echo(f"{'would purge' if dry_run else 'purged'}: {events_} events, {deliveries} deliveries")
 
 
 secret_option = click.option(

@@ -71,10 +71,10 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         allowed_networks=_networks(given.get("ALLOWED_NETWORKS", "")),
         run_worker=_boolean("RUN_WORKER", given.get("RUN_WORKER", "true")),
         worker_concurrency=_count("WORKER_CONCURRENCY", given.get("WORKER_CONCURRENCY", "256")),
-        delivery_timeout=_duration("DELIVERY_TIMEOUT", given.get("DELIVERY_TIMEOUT", "15s")),
-        lease=_duration("LEASE", given.get("LEASE", "60s")),
+        delivery_timeout=duration("DELIVERY_TIMEOUT", given.get("DELIVERY_TIMEOUT", "15s")),
+        lease=duration("LEASE", given.get("LEASE", "60s")),
         retry_schedule=_schedule(given.get("RETRY_SCHEDULE", "5s 30s 2m 10m 30m 2h 5h 10h 14h 20h 24h")),
-        disable_after=_duration("DISABLE_AFTER", given.get("DISABLE_AFTER", "5d")),
+        disable_after=duration("DISABLE_AFTER", given.get("DISABLE_AFTER", "5d")),
         retention=_retention(given.get("RETENTION", "30d")),
         max_body=_size("MAX_BODY", given.get("MAX_BODY", "1MiB")),
         max_payload=_size("MAX_PAYLOAD", given.get("MAX_PAYLOAD", "256KiB")),
@@ -144,7 +144,8 @@ def _count(name: str, text: str) -> int:
     return int(text)
 
 
-def _duration(name: str, text: str) -> float:
+def duration(name: str, text: str) -> float:
+    """Seconds, from text such as `30d`. Raises BadSetting that names the setting."""
     match = re.fullmatch(r"(\d{1,9})(ms|s|m|h|d)", text)
     if match is None or int(match[1]) == 0:
         raise BadSetting(f"{name} must be a duration like 500ms, 5s, 2m, 5h or 30d, not {text!r}")
@@ -152,11 +153,11 @@ def _duration(name: str, text: str) -> float:
 
 
 def _retention(text: str) -> float | None:
-    return None if text.lower() == "off" else _duration("RETENTION", text)
+    return None if text.lower() == "off" else duration("RETENTION", text)
 
 
 def _schedule(text: str) -> tuple[float, ...]:
-    return tuple(_duration("RETRY_SCHEDULE", part) for part in re.split(r"[\s,]+", text))
+    return tuple(duration("RETRY_SCHEDULE", part) for part in re.split(r"[\s,]+", text))
 
 
 def _one_of(name: str, text: str, choices: tuple[str, ...]) -> str:

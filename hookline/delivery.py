@@ -18,7 +18,7 @@ from datetime import timedelta
 
 from peewee import Database
 
-from hookline import clock, events, lanes, policy, signing
+from hookline import clock, events, lanes, policy, retention, signing
 from hookline.egress import Client
 from hookline.errors import Unavailable
 from hookline.events import Wake
@@ -68,12 +68,14 @@ class Worker:
         events.attach(self.db, outlet)
         self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
+        self._purging = self._loop.create_task(retention.keep(self.storage, self.rules.retention))
 
     async def stop(self, grace: float = 5) -> None:
         """Claim nothing more, give what is in flight `grace` seconds, and release the rest for other workers."""
         self._stopping = True
         events.attach(self.db, events.Outlet(self.max_payload, self.rules.lease))
         self._awake.set()
+        self._purging.cancel()
         await asyncio.gather(self._running, *self._taking)
         if self._jobs:
             await asyncio.wait(self._jobs.values(), timeout=grace)

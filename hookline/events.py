@@ -277,8 +277,8 @@ def _insert_one(db: Database, event_id: str, webhook_id: str, at: str) -> list[I
 def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False) -> None:
     """Make the lanes due of the webhooks whose deliveries meet the condition, but no lane before it opens.
 
-    `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter (`{numbers}`: of numbers). With `open_now` a lane
-    that rests is opened.
+    `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter (`{numbers}`: of those
+    that are numbers). With `open_now` a lane that rests is opened.
     """
     moment = sql.moment(db)
     due = sql.later(db, "lanes.open_at", sql.sooner(db, "lanes.due_at", "excluded.due_at"))

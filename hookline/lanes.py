@@ -173,9 +173,10 @@ def _cancel_some(db: Database, webhook_id: str, now: datetime) -> None:
             LIMIT {CANCELLED_AT_ONCE}{sql.skip_locked(db, "deliveries")})
         UPDATE deliveries SET status = 'cancelled', leased = FALSE, next_attempt_at = NULL,
                finished_at = {sql.moment(db)}, last_error = 'the webhook was disabled'
-        WHERE delivery_id IN (SELECT delivery_id FROM batch) AND status = 'pending'"""
-    cursor = db.execute_sql(statement, (webhook_id, stored_time(now)))
-    _move_on(db, webhook_id, now, None, more=cursor.rowcount == CANCELLED_AT_ONCE)
+        WHERE delivery_id IN (SELECT delivery_id FROM batch) AND status = 'pending'
+        RETURNING delivery_id"""
+    cancelled = db.execute_sql(statement, (webhook_id, stored_time(now))).fetchall()
+    _move_on(db, webhook_id, now, None, more=len(cancelled) == CANCELLED_AT_ONCE)
 
 
 def settle(db: Database, settled: Sequence[Settled], delinquent_since: str) -> None:

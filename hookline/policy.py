@@ -24,6 +24,7 @@ class Rules:
     lease: float = 60
     timeout: float = 15
     concurrency: int = 256  # requests in flight
+    retention: float | None = 30 * 86400  # of what has ended; None: for ever
 
     @property
     def share(self) -> int:
