@@ -24,7 +24,7 @@ from peewee import Database
 
 import models
 import settings
-from hookline import clock, events, retention, schema, signing, transfer
+from hookline import clock, copying, events, retention, schema, signing, transfer
 from hookline.database import open_database, require_reachable
 from hookline.errors import HooklineError, Invalid
 from hookline.storage import storage_of
@@ -38,15 +38,31 @@ def main() -> None:
 
 
 def with_database(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command the database of DATABASE_URL; every error of ours becomes one clear message."""
+    """Give the command the database of DATABASE_URL."""
+
+    @with_errors
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        db = opened(settings.load().database_url)
+        models.db.initialize(db)
+        command(db, *args, **kwargs)
+
+    return run
+
+
+def opened(url: str) -> Database:
+    db = open_database(url, long_work=True)
+    require_reachable(db)
+    return db
+
+
+def with_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Every error of ours becomes one clear message."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            db = open_database(settings.load().database_url, long_work=True)
-            require_reachable(db)
-            models.db.initialize(db)
-            command(db, *args, **kwargs)
+            command(*args, **kwargs)
         except settings.BadSetting as exc:
             raise click.ClickException(str(exc)) from exc
         except HooklineError as exc:
@@ -156,6 +172,38 @@ def export_command(db: Database, file: Path) -> None:
     """Write all webhooks, secrets included, to FILE in the replaced service's form; FILE is replaced whole."""
     schema.require_current(db)
     click.echo(f"exported: {transfer.export_file(db, file)} webhooks to {file}")
+
+
+@main.command("copy")
+@click.option("--from", "source_url", required=True, help="The database to read.")
+@click.option("--to", "target_url", required=True, help="The database to fill, which should be empty.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Delete all that the target has first.")
+@with_errors
+def copy_command(source_url: str, target_url: str, dry_run: bool, overwrite: bool) -> None:
+    """Copy everything from one database to another, such as from SQLite to PostgreSQL, and compare both.
+
+    Stop the service first: what is written after the copy began is not in it. An interrupted copy goes on when it is
+    run again.
+    """
+    if is_missing(source_url):
+        raise Invalid("there is no file at --from")
+    source = opened(source_url)
+    target = None if dry_run and is_missing(target_url) else opened(target_url)
+    rows, intent = copying.plan(source, target, overwrite)
+    if dry_run or target is None:
+        click.echo("\n".join(f"{name:15} {number:>12,} rows" for name, number in rows.items()))
+        click.echo(f"would {intent}, and copy these")
+        return
+    click.echo(f"to do: {intent}, and copy {sum(rows.values()):,} rows")
+    with progress_bar() as progress:
+        compared = copying.copy(source, target, overwrite=overwrite, progress=progress)
+    for one in compared:
+        click.echo(f"{one.table:15} {one.rows:>12,} rows  {one.checksum[:16]}  same")
+
+
+def is_missing(url: str) -> bool:
+    return url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists()
 
 
 @main.command()

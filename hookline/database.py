@@ -56,7 +56,7 @@ def open_database(
     if url.startswith(POSTGRES_SCHEMES):
         return _open_postgres(url, pool_size, long_work)
     if not url.startswith("sqlite:///") or url == "sqlite:///":
-        raise Invalid("DATABASE_URL must be like sqlite:///data/webhooks.db or postgresql://user:password@host/name")
+        raise Invalid("a database URL must be like sqlite:///data/webhooks.db or postgresql://user:password@host/name")
     path = Path(url.removeprefix("sqlite:///"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _open_postgres(url: str, pool_size: int, long_work: bool) -> Database:
     try:
         parameters: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url)}
     except ProgrammingError as exc:
-        raise Invalid("DATABASE_URL is not a PostgreSQL URL: postgresql://user:password@host:port/name") from exc
+        raise Invalid("this is not a PostgreSQL URL; one is like postgresql://user:password@host:port/name") from exc
     name = parameters.pop("dbname", "") or parameters.get("user", "postgres")
     db: Database = PostgresPool(
         name,
@@ -111,7 +111,7 @@ class Adapter(Psycopg3Adapter):
             "statement_timeout": f"{db.statement_timeout}s",  # type: ignore[attr-defined]
             "lock_timeout": f"{LOCK_TIMEOUT}s",
             "jit": "off",  # it costs more than any statement of ours takes
-            "idle_in_transaction_session_timeout": f"{2 * STATEMENT_TIMEOUT}s",
+            "idle_in_transaction_session_timeout": f"{2 * db.statement_timeout}s",  # type: ignore[attr-defined]
         }
         for name, value in settings.items():
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))

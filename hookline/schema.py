@@ -21,6 +21,7 @@ from hookline.database import LOCK_TIMEOUT, connected, is_postgres
 from hookline.errors import Conflict, HooklineError, Invalid
 
 ADVISORY_LOCK = 0x686F6F6B6C696E65  # "hookline"; one lock of a PostgreSQL database, for migrations
+UNFINISHED_COPY = "hookline_copy"  # a table that is there while one goes on
 DIRECTORY = Path(__file__).resolve().parent.parent / "migrations"
 
 
@@ -36,7 +37,10 @@ def pending(db: Database, directory: Path = DIRECTORY) -> list[str]:
 
 
 def require_current(db: Database, directory: Path = DIRECTORY) -> None:
-    """Raises Conflict, naming the command to run, while migrations are pending."""
+    """Raises Conflict, naming the command to run, while migrations are pending or a copy into it is not finished."""
+    with connected(db):
+        if db.table_exists(UNFINISHED_COPY):
+            raise Conflict("a copy into this database was not finished: run  python manage.py copy  again")
     if names := pending(db, directory):
         raise Conflict(f"the database needs migrating ({', '.join(names)}): run  python manage.py migrate up")
 

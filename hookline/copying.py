@@ -1,0 +1,296 @@
+"""Copying everything from one database into another: SQLite to PostgreSQL, or back.
+
+The source is read in one snapshot, in batches by primary key. Each batch is one transaction on the target with the
+note, in the table `hookline_copy`, of how far it got: a copy that was interrupted goes on where it was, and no service
+starts on a half-copied database. At the end every row is read back from both sides and compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peewee import BooleanField, Database, IntegrityError, Model, __exception_wrapper__  # type: ignore[attr-defined]
+
+import models
+from hookline import schema
+from hookline.database import connected, is_postgres
+from hookline.errors import Conflict, Invalid
+from models import UtcField, read_time, stored_time
+
+ADVISORY_LOCK = 0x686F6F6B636F7079  # "hookcopy", on PostgreSQL
+BATCH = 2000  # rows in one transaction
+NOTES = schema.UNFINISHED_COPY
+
+Progress = Callable[[str, int, int], None]  # what is done, rows, of how many
+Row = tuple[Any, ...]
+
+
+class Compared(NamedTuple):
+    """A table on both sides. The checksums are of all its rows, whatever their order."""
+
+    table: str
+    rows: int
+    checksum: str
+    same: bool
+
+
+class Table(NamedTuple):
+    name: str
+    columns: tuple[str, ...]
+    key: tuple[str, ...]
+    times: tuple[int, ...]  # places among the columns
+    booleans: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: type[Model]) -> Table:
+        meta: Any = model._meta
+        fields = meta.sorted_fields
+        composite = meta.composite_key
+        key = [meta.fields[name] for name in meta.primary_key.field_names] if composite else [meta.primary_key]
+        return cls(
+            meta.table_name,
+            tuple(field.column_name for field in fields),
+            tuple(field.column_name for field in key),
+            tuple(place for place, field in enumerate(fields) if isinstance(field, UtcField)),
+            tuple(place for place, field in enumerate(fields) if isinstance(field, BooleanField)),
+        )
+
+    def canonical(self, row: Sequence[Any]) -> Row:
+        """The same values from either database: times as text, booleans as such."""
+        values = list(row)
+        for place in self.times:
+            moment = read_time(values[place])
+            values[place] = None if moment is None else stored_time(moment)
+        for place in self.booleans:
+            values[place] = None if values[place] is None else bool(values[place])
+        return tuple(values)
+
+    def key_of(self, row: Row) -> list[Any]:
+        return [row[self.columns.index(name)] for name in self.key]
+
+
+TABLES = [Table.of(model) for model in models.TABLES]  # what others point at comes first
+
+
+def plan(source: Database, target: Database | None, overwrite: bool = False) -> tuple[dict[str, int], str]:
+    """The rows of each table of the source, and what would be done with the target (None: it is not there yet).
+
+    Changes nothing. Raises Conflict where `copy` would refuse, Unavailable.
+    """
+    with connected(source):
+        schema.require_current(source)
+        rows = {table.name: count(source, table) for table in TABLES}
+    if target is None:
+        return rows, "create and migrate the target"
+    _refuse_same(source, target)
+    with connected(target):
+        return rows, _intent(source, target, overwrite)
+
+
+def copy(
+    source: Database,
+    target: Database,
+    *,
+    overwrite: bool = False,
+    batch: int = BATCH,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Compared]:
+    """Copy every row, or go on with a copy that was interrupted; returns the comparison of each table.
+
+    Raises Conflict if the target is not empty (unless `overwrite`), is not migrated, or differs at the end because the
+    source was written to meanwhile; Invalid for what the target cannot store; Unavailable.
+    """
+    with connected(source), connected(target), alone(source, target):
+        _, intent = plan(source, target, overwrite)
+        if intent == MIGRATE:
+            schema.up(target)
+        with snapshot(source):
+            if intent != GO_ON:
+                _begin(source, target)
+            try:
+                for table in TABLES:
+                    _copy_table(source, target, table, batch, progress)
+            except IntegrityError as exc:
+                raise Conflict(f"what is there does not fit what comes: {WRITTEN_TO}") from exc
+            _keep_ids_unique(source, target)
+            compared = [_compare(source, target, table, batch, progress) for table in TABLES]
+        if different := [one.table for one in compared if not one.same]:
+            raise Conflict(f"the copy differs in {', '.join(different)}: {WRITTEN_TO}")
+        target.execute_sql(f"DROP TABLE {NOTES}")
+        if is_postgres(target):
+            target.execute_sql(f"ANALYZE {', '.join(table.name for table in TABLES)}")
+    return compared
+
+
+WRITTEN_TO = (
+    "the source was written to meanwhile, or the target. Stop what writes to them, and run it again with --overwrite"
+)
+GO_ON = "go on with the copy that was interrupted"
+MIGRATE = "migrate the target, which is empty"
+FILL = "fill the target's empty tables"
+OVERWRITE = "delete all rows of the target first"
+
+
+def _intent(source: Database, target: Database, overwrite: bool) -> str:
+    """What to do with the target as it is. Raises Conflict."""
+    there = set(target.get_tables())
+    ours = [table for table in TABLES if table.name in there]
+    if not ours:
+        return MIGRATE
+    if len(ours) < len(TABLES) or schema.pending(target):
+        raise Conflict("the target is migrated in part: run  python manage.py migrate up  on it first")
+    if NOTES in there and not overwrite:
+        begun = target.execute_sql(f"SELECT source FROM {NOTES} LIMIT 1").fetchone()
+        if begun == (identity(source),):
+            return GO_ON
+        raise Conflict("the target holds an unfinished copy of another source: use --overwrite to begin anew")
+    rows = {table.name: count(target, table) for table in ours}
+    if not any(rows.values()):
+        return FILL
+    if not overwrite:
+        found = ", ".join(f"{number} {name}" for name, number in rows.items() if number)
+        raise Conflict(f"the target is not empty: {found}. Use --overwrite to delete them first")
+    return OVERWRITE
+
+
+def _begin(source: Database, target: Database) -> None:
+    """Empty tables, and the notes of this copy."""
+    with target.atomic():
+        if is_postgres(target):
+            target.execute_sql(f"TRUNCATE {', '.join(table.name for table in TABLES)}")
+        else:
+            for table in reversed(TABLES):
+                target.execute_sql(f"DELETE FROM {table.name}")
+        target.execute_sql(f"DROP TABLE IF EXISTS {NOTES}")
+        target.execute_sql(f"CREATE TABLE {NOTES} (source TEXT, name TEXT PRIMARY KEY, last_key TEXT, done BIGINT)")
+        for table in TABLES:
+            values = ", ".join([target.param] * 4)
+            target.execute_sql(f"INSERT INTO {NOTES} VALUES ({values})", (identity(source), table.name, None, 0))
+
+
+def _copy_table(source: Database, target: Database, table: Table, batch: int, progress: Progress) -> None:
+    read = f"SELECT last_key, done FROM {NOTES} WHERE name = {target.param}"
+    note = f"UPDATE {NOTES} SET last_key = {target.param}, done = {target.param} WHERE name = {target.param}"
+    last_key, done = target.execute_sql(read, (table.name,)).fetchone()
+    total = count(source, table)
+    for rows in read_batches(source, table, batch, json.loads(last_key) if last_key else None):
+        done += len(rows)
+        with target.atomic(), __exception_wrapper__:
+            _write(target, table, rows)
+            target.execute_sql(note, (json.dumps(table.key_of(rows[-1])), done, table.name))
+        progress(f"copied {table.name}", done, total)
+
+
+def _write(target: Database, table: Table, rows: list[Row]) -> None:
+    columns = ", ".join(table.columns)
+    if not is_postgres(target):
+        slots = ", ".join("?" * len(table.columns))
+        target.connection().executemany(f"INSERT INTO {table.name} ({columns}) VALUES ({slots})", rows)
+        return
+    for row in rows:
+        for name, value in zip(table.columns, row, strict=True):
+            if isinstance(value, str) and "\0" in value:
+                key = " ".join(map(str, table.key_of(row)))
+                raise Invalid(f"{table.name} {key}: {name} has a NUL character, which PostgreSQL cannot store")
+    with target.cursor() as cursor, cursor.copy(f"COPY {table.name} ({columns}) FROM STDIN") as stream:
+        for row in rows:
+            stream.write_row(row)
+
+
+def _keep_ids_unique(source: Database, target: Database) -> None:
+    """The ids of deliveries go on above all that the source has ever given."""
+    if is_postgres(source):
+        last = source.execute_sql("SELECT last_value FROM deliveries_delivery_id_seq").fetchone()[0]
+    else:
+        found = source.execute_sql("SELECT seq FROM sqlite_sequence WHERE name = 'deliveries'").fetchone()
+        last = found[0] if found else 1
+    with target.atomic():
+        if is_postgres(target):
+            target.execute_sql("SELECT setval('deliveries_delivery_id_seq', %s)", (last,))
+        else:
+            target.execute_sql("DELETE FROM sqlite_sequence WHERE name = 'deliveries'")
+            target.execute_sql("INSERT INTO sqlite_sequence (name, seq) VALUES ('deliveries', ?)", (last,))
+
+
+def _compare(source: Database, target: Database, table: Table, batch: int, progress: Progress) -> Compared:
+    total = count(source, table)
+    rows, first = checksum(source, table, batch, lambda done: progress(f"compared {table.name}", done, 2 * total))
+    again, second = checksum(
+        target, table, batch, lambda done: progress(f"compared {table.name}", rows + done, 2 * total)
+    )
+    return Compared(table.name, rows, first, (rows, first) == (again, second))
+
+
+def checksum(db: Database, table: Table, batch: int, progress: Callable[[int], None]) -> tuple[int, str]:
+    """The number of rows, and the sum of their SHA-256s: the databases sort text differently."""
+    done, total = 0, 0
+    for rows in read_batches(db, table, batch):
+        for row in rows:
+            digest = hashlib.sha256(json.dumps(row, separators=(",", ":")).encode()).digest()
+            total += int.from_bytes(digest, "big")
+        progress(done := done + len(rows))
+    return done, f"{total % 2**256:064x}"
+
+
+def read_batches(db: Database, table: Table, size: int, after: Sequence[Any] | None = None) -> Iterator[list[Row]]:
+    """The rows in canonical form, by primary key, from the one behind the key `after`."""
+    key = ", ".join(table.key)
+    begin = f"SELECT {', '.join(table.columns)} FROM {table.name}"
+    end = f" ORDER BY {key} LIMIT {size}"
+    behind = f" WHERE ({key}) > ({', '.join([db.param] * len(table.key))})"
+    while True:
+        found = db.execute_sql(begin + (behind if after else "") + end, tuple(after or ())).fetchall()
+        if found:
+            rows = [table.canonical(row) for row in found]
+            after = table.key_of(rows[-1])
+            yield rows
+        if len(found) < size:
+            return
+
+
+@contextmanager
+def alone(source: Database, target: Database) -> Iterator[None]:
+    """One copy at a time on a PostgreSQL, and never from a database into itself, whatever names its host has."""
+    _refuse_same(source, target)
+    try:
+        for db in (source, target):
+            lock = "SELECT pg_try_advisory_lock(%s)"
+            if is_postgres(db) and not db.execute_sql(lock, (ADVISORY_LOCK,)).fetchone()[0]:
+                raise Conflict("--from and --to are the same database, or another copy is under way on one of them")
+        yield
+    finally:
+        for db in (source, target):
+            if is_postgres(db):
+                db.execute_sql("SELECT pg_advisory_unlock_all()")
+
+
+@contextmanager
+def snapshot(db: Database) -> Iterator[None]:
+    """Read one state of the database, whatever is written meanwhile."""
+    db.execute_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY" if is_postgres(db) else "BEGIN DEFERRED")
+    try:
+        yield
+    finally:
+        db.execute_sql("ROLLBACK")
+
+
+def count(db: Database, table: Table) -> int:
+    return int(db.execute_sql(f"SELECT count(*) FROM {table.name}").fetchone()[0])
+
+
+def identity(db: Database) -> str:
+    """Which database this is, without a user or password."""
+    if not is_postgres(db):
+        return f"sqlite {Path(db.database).resolve()}"
+    parameters: dict[str, Any] = db.connect_params
+    return f"postgresql {parameters.get('host', '')} {parameters.get('port', 5432)} {db.database}"
+
+
+def _refuse_same(source: Database, target: Database) -> None:
+    if identity(source) == identity(target):
+        raise Invalid("--from and --to are the same database")
