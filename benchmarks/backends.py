@@ -1,0 +1,275 @@
+"""SQLite and PostgreSQL in one run, on the same cores: register, publish, deliver; and what size costs on PostgreSQL.
+
+Nothing is pinned to a core: PostgreSQL's own processes need theirs from the same two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from peewee import Database
+from pyreqwest.client import Client, ClientBuilder
+
+import models
+from benchmarks import deliver, http, server
+from benchmarks.delivering import DATA
+from benchmarks.report import Figure
+from hookline import WebhookManager, clock, events, lanes, policy
+from hookline.database import is_postgres, open_database, unit
+from hookline.events import NewEvent, Outlet, Slots, Wake
+from hookline.lanes import Settled
+from hookline.policy import Result
+from models import stored_time
+from tests import databases
+from tests.databases import Postgres, execute, named
+
+SECRET = "a-secret-of-enough-characters"
+TARGET = ">= 0.4"  # of SQLite's rate, for delivering with one worker
+WORKERS = (1, 2, 4)
+BACKLOG = 6000  # deliveries, to 10 endpoints
+SIZES = (1_000, 1_000_000)  # webhooks
+HISTORY = 10_000_000  # deliveries that have ended
+BYTES_OF_HISTORY = 700  # on the disk, for each, with its part of its event and all indexes
+CYCLES = 200
+
+
+def run() -> Iterator[Figure]:
+    with postgres() as pg, tempfile.TemporaryDirectory(dir=server.DISK) as name:
+        urls = [f"sqlite:///{server.migrated(Path(name))}", database(pg, "small")]
+        yield from requests(urls)
+        yield from in_process(urls)
+        yield from by_workers(pg, Path(name))
+        yield from sizes(pg)
+        yield from histories(pg, Path(name))
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """A durable one, with the memory that a small box would give it."""
+    started = Postgres(("shared_buffers=512MB", "max_wal_size=4GB"), parent=server.DISK).start()
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+def database(pg: Postgres, name: str) -> str:
+    execute(pg.url, f"CREATE DATABASE {name}")
+    url = named(pg.url, name)
+    databases.migrate(url)
+    return url
+
+
+def versus(claim: str, sqlite: float, pg: float, ratio: float, target: str = ">= 0") -> Figure:
+    return Figure(f"PostgreSQL: {claim}", f"{pg:,.0f}/s", f"SQLite: {sqlite:,.0f}/s", ratio, target)
+
+
+def requests(urls: list[str]) -> Iterator[Figure]:
+    """Registered, and published to nobody, per second over HTTP."""
+    with ExitStack() as stack:
+        running = [stack.enter_context(server.hookline(url, pinned=False)).url for url in urls]
+        for claim, rounds in asyncio.run(load(running)).items():
+            sqlite, pg = (statistics.median(rates[place] for rates in rounds) for place in (0, 1))
+            yield versus(claim, sqlite, pg, statistics.median(rates[1] / rates[0] for rates in rounds))
+
+
+async def load(urls: list[str]) -> dict[str, list[list[float]]]:
+    async with ClientBuilder().error_for_status().build() as client:
+        return {
+            "register": await http.in_turn([http.register(client, url) for url in urls]),
+            "publish": await http.in_turn([publish(client, url) for url in urls]),
+        }
+
+
+def publish(client: Client, url: str) -> http.Request:
+    body = json.dumps({"event_type": "nobody", "data": DATA}).encode()
+
+    async def request() -> bytes:
+        built = client.post(f"{url}/api/v1/events").header("content-type", "application/json").body_bytes(body).build()
+        return bytes(await (await built.send()).bytes())
+
+    return request
+
+
+def in_process(urls: list[str]) -> Iterator[Figure]:
+    """Published and delivered by one process."""
+    found: list[dict[str, float]] = []
+    with deliver.sink(pinned=False) as port:
+        for url in urls:
+            command = [sys.executable, "-m", "benchmarks.delivering", url, str(port)]
+            done = subprocess.run(command, cwd=server.ROOT, check=True, capture_output=True, text=True)
+            rounds = [json.loads(line) for line in done.stdout.splitlines()][1:]
+            found.append({name: statistics.median(one[name] for one in rounds) for name in rounds[0]})
+    sqlite, pg = found
+    for fan_out in deliver.TARGETS:
+        claim = f"deliveries of one process, fan-out {fan_out}"
+        yield versus(claim, sqlite[fan_out], pg[fan_out], pg[fan_out] / sqlite[fan_out], TARGET)
+
+
+def by_workers(pg: Postgres, folder: Path) -> Iterator[Figure]:
+    """A backlog that `manage.py worker` processes deliver."""
+    for workers in WORKERS:
+        rates = []
+        for backend in ("sqlite", "postgres"):
+            name = f"backlog_{workers}"
+            url = database(pg, name) if backend == "postgres" else f"sqlite:///{server.migrated(folder / name)}"
+            rates.append(drained(url, workers))
+        sqlite, rate = rates
+        yield versus(
+            f"deliveries of {workers} workers", sqlite, rate, rate / sqlite, TARGET if workers == 1 else ">= 0"
+        )
+
+
+def drained(url: str, workers: int) -> float:
+    """Deliveries per second, from the commit of the whole backlog to the last one recorded."""
+    with ExitStack() as stack:
+        db = stack.enter_context(opened(url))
+        port = stack.enter_context(deliver.sink(pinned=False))
+        manager = WebhookManager(db=db)
+        for number in range(10):
+            manager.register(f"http://127.0.0.1:{port}/{number}", ["goal"], SECRET)
+        for _ in range(workers):
+            stack.enter_context(worker(url))
+        with unit(db):
+            for _ in range(BACKLOG // 1000):
+                events.publish_all(db, [NewEvent("goal", DATA)] * 100)
+        start = time.perf_counter()
+        with db.connection_context():
+            while recorded(db) < BACKLOG:
+                time.sleep(0.01)
+        return BACKLOG / (time.perf_counter() - start)
+
+
+def recorded(db: Database) -> int:
+    return int(db.execute_sql("SELECT sum(total_calls) FROM webhooks").fetchone()[0])
+
+
+@contextmanager
+def worker(url: str) -> Iterator[None]:
+    env = {**os.environ, "DATABASE_URL": url, "ALLOWED_NETWORKS": "127.0.0.0/8"}
+    command = [sys.executable, str(server.ROOT / "manage.py"), "worker"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+@contextmanager
+def opened(url: str) -> Iterator[Database]:
+    db = open_database(url)
+    models.db.initialize(db)
+    yield db
+    db.close_all()  # type: ignore[attr-defined]
+
+
+def sizes(pg: Postgres) -> Iterator[Figure]:
+    """What publishing an event to 10 webhooks and settling its deliveries costs, among few webhooks and many."""
+    found = []
+    for size in SIZES:
+        url = database(pg, f"webhooks_{size}")
+        execute(url, WEBHOOKS.format(size=size))
+        execute(url, SUBSCRIPTIONS)
+        execute(url, "VACUUM ANALYZE")
+        with opened(url) as db:
+            found.append(cycle(db))
+    yield flat(f"PostgreSQL: publish and settle at {SIZES[1]:,} webhooks", f"at {SIZES[0]:,}", *found)
+
+
+def histories(pg: Postgres, folder: Path) -> Iterator[Figure]:
+    """The same with an empty log and with a long one, as long as the disk holds."""
+    rows = min(HISTORY, shutil.disk_usage(folder).free // 3 // BYTES_OF_HISTORY)
+    for backend in ("PostgreSQL", "SQLite"):
+        url = database(pg, "history") if backend == "PostgreSQL" else f"sqlite:///{server.migrated(folder / 'history')}"
+        with opened(url) as db:
+            deliver.fill(db, 1000, matching=10)
+            empty = cycle(db)
+            remember(db, rows)
+            yield flat(f"{backend}: publish and settle with {rows:,} deliveries", "with none", empty, cycle(db))
+
+
+def flat(claim: str, other: str, before: float, after: float) -> Figure:
+    return Figure(claim, f"{after * 1e3:.2f} ms", f"{other}: {before * 1e3:.2f} ms", after / before, "<= 1.5")
+
+
+def cycle(db: Database) -> float:
+    """The median, in seconds, of publishing one event to 10 webhooks, loading its deliveries and settling them."""
+    woken: list[Wake] = []
+    events.attach(db, Outlet(slots=lambda: Slots(1000, 1000), wake=woken.append))
+    for _ in range(CYCLES // 4):  # connections, statements and pages are warm then
+        once(db, woken)
+    return statistics.median(deliver.timed(lambda: once(db, woken)) for _ in range(CYCLES))
+
+
+def once(db: Database, woken: list[Wake]) -> None:
+    events.publish_all(db, [NewEvent("goal", {**DATA, "home_team": "t"})])
+    wake = woken.pop()
+    with db.connection_context():
+        jobs = lanes.load(db, [(delivery_id, wake.until) for delivery_id, _ in wake.leased], wake.since)
+    assert len(jobs) == 10
+    now = clock.now()
+    result = Result(now, 5, 200, None, "ok")
+    settlement = policy.settle(result, attempts=1, failures=0, schedule=(5,), now=now)
+    with unit(db):
+        lanes.settle(db, [Settled(job, result, settlement) for job in jobs], stored_time(now))
+
+
+WEBHOOKS = """
+    INSERT INTO webhooks (webhook_id, url, events, secret, team, created_at)
+    SELECT lpad(n::text, 36, '0'), 'https://example.com/', '["goal"]', 'a-secret-of-enough-characters',
+           CASE WHEN n < 10 THEN 't' ELSE 'team' || n % 1000 END, now() FROM generate_series(0, {size} - 1) n"""
+SUBSCRIPTIONS = """
+    INSERT INTO subscriptions (event_type, team, webhook_id)
+    SELECT 'goal', team, webhook_id FROM webhooks ORDER BY team, webhook_id"""
+
+
+def remember(db: Database, rows: int) -> None:
+    """So many deliveries that have succeeded, ten of each event, over all webhooks."""
+    series = "generate_series(1, {0})" if is_postgres(db) else SERIES
+    event_id = "'evt_' || lpad(n::text, 36, '0')" if is_postgres(db) else "printf('evt_%036d', n)"
+    now = f"'{stored_time(clock.now())}'" + ("::timestamptz" if is_postgres(db) else "")
+    payload = json.dumps({**DATA, "event_type": "goal", "timestamp": "2026-11-23T14:30:01"})
+    statements: list[Callable[[int, int], str]] = [
+        lambda first, last: (
+            f"""
+            INSERT INTO events (event_id, event_type, payload, created_at)
+            SELECT {event_id}, 'goal', '{payload}', {now} FROM {series.format(last)} AS s(n) WHERE n > {first}"""
+        ),
+        lambda first, last: (
+            f"""
+            INSERT INTO deliveries (webhook_id, event_id, status, attempts, created_at, finished_at, last_started_at,
+                                    last_duration_ms, last_status_code, last_response)
+            SELECT w.webhook_id, {event_id}, 'succeeded', 1, {now}, {now}, {now}, 5, 200, 'ok'
+            FROM {series.format(last)} AS s(n)
+            CROSS JOIN (SELECT webhook_id, row_number() OVER (ORDER BY webhook_id) - 1 AS place FROM webhooks) w
+            WHERE n > {first} AND w.place - w.place / 100 * 100 = n - n / 100 * 100"""
+        ),
+    ]
+    total, step = rows // 10, 100_000
+    with db.connection_context():
+        if is_postgres(db):
+            db.execute_sql("SET statement_timeout = 0")
+            db.execute_sql("SET session_replication_role = replica")  # foreign keys are right as they are
+        for first in range(0, total, step):
+            for statement in statements:
+                db.execute_sql(statement(first, min(first + step, total)))
+        if is_postgres(db):
+            db.execute_sql("RESET session_replication_role")
+            db.execute_sql("VACUUM ANALYZE")
+
+
+SERIES = "(WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < {0}) SELECT n FROM t)"
