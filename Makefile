@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+POSTGRES := $(findstring postgres,$(DATABASE_URL)$(shell grep -s "^DATABASE_URL=" .env))
 
 .PHONY: install run test lint bench
 
@@ -10,7 +11,7 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-run: .venv/.run $(if $(findstring postgres,$(DATABASE_URL)),.venv/.postgres)
+run: .venv/.run $(if $(POSTGRES),.venv/.postgres)
 	$(BIN)/python manage.py migrate up
 	exec $(BIN)/python app.py
 

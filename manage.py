@@ -24,7 +24,7 @@ from peewee import Database
 
 import models
 import settings
-from hookline import clock, copying, events, retention, schema, signing, transfer
+from hookline import clock, copying, events, notices, retention, schema, signing, transfer
 from hookline.database import open_database, require_reachable
 from hookline.errors import HooklineError, Invalid
 from hookline.storage import storage_of
@@ -241,7 +241,7 @@ def worker(db: Database) -> None:
 def publish(db: Database, event_type: str, data: str, idempotency_key: str | None) -> None:
     """Publish an event: EVENT_TYPE and its DATA, a JSON object. A running service or worker delivers it."""
     schema.require_current(db)
-    events.attach(db, events.Outlet(max_payload=settings.load().max_payload))
+    events.attach(db, events.Outlet(settings.load().max_payload, wake=lambda wake: notices.send(db)))
     try:
         content = json.loads(data)
     except ValueError as exc:

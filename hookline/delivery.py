@@ -73,7 +73,8 @@ class Worker:
     async def stop(self, grace: float = 5) -> None:
         """Claim nothing more, give what is in flight `grace` seconds, and release the rest for other workers."""
         self._stopping = True
-        events.attach(self.db, events.Outlet(self.max_payload, self.rules.lease))
+        for_others = events.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
+        events.attach(self.db, for_others)
         self._awake.set()
         self._purging.cancel()
         await asyncio.gather(self._running, *self._taking)
