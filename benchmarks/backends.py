@@ -239,7 +239,7 @@ SUBSCRIPTIONS = """
 
 def remember(db: Database, rows: int) -> None:
     """So many deliveries that have succeeded, ten of each event, over all webhooks."""
-    series = "generate_series(1, {0})" if is_postgres(db) else SERIES
+    series = "generate_series({0} + 1, {1}) AS s(n)" if is_postgres(db) else SERIES
     event_id = "'evt_' || lpad(n::text, 36, '0')" if is_postgres(db) else "printf('evt_%036d', n)"
     now = f"'{stored_time(clock.now())}'" + ("::timestamptz" if is_postgres(db) else "")
     payload = json.dumps({**DATA, "event_type": "goal", "timestamp": "2026-11-23T14:30:01"})
@@ -247,16 +247,16 @@ def remember(db: Database, rows: int) -> None:
         lambda first, last: (
             f"""
             INSERT INTO events (event_id, event_type, payload, created_at)
-            SELECT {event_id}, 'goal', '{payload}', {now} FROM {series.format(last)} AS s(n) WHERE n > {first}"""
+            SELECT {event_id}, 'goal', '{payload}', {now} FROM {series.format(first, last)}"""
         ),
         lambda first, last: (
             f"""
             INSERT INTO deliveries (webhook_id, event_id, status, attempts, created_at, finished_at, last_started_at,
                                     last_duration_ms, last_status_code, last_response)
             SELECT w.webhook_id, {event_id}, 'succeeded', 1, {now}, {now}, {now}, 5, 200, 'ok'
-            FROM {series.format(last)} AS s(n)
+            FROM {series.format(first, last)}
             CROSS JOIN (SELECT webhook_id, row_number() OVER (ORDER BY webhook_id) - 1 AS place FROM webhooks) w
-            WHERE n > {first} AND w.place - w.place / 100 * 100 = n - n / 100 * 100"""
+            WHERE w.place - w.place / 100 * 100 = n - n / 100 * 100"""
         ),
     ]
     total, step = rows // 10, 100_000
@@ -272,4 +272,4 @@ def remember(db: Database, rows: int) -> None:
             db.execute_sql("VACUUM ANALYZE")
 
 
-SERIES = "(WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < {0}) SELECT n FROM t)"
+SERIES = "(WITH RECURSIVE t(n) AS (SELECT {0} + 1 UNION ALL SELECT n + 1 FROM t WHERE n < {1}) SELECT n FROM t) AS s"
