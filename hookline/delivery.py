@@ -77,7 +77,8 @@ class Worker:
         events.attach(self.db, for_others)
         self._awake.set()
         self._purging.cancel()
-        await asyncio.gather(self._running, *self._taking)
+        await self._running
+        await asyncio.gather(*self._taking, return_exceptions=True)
         if self._jobs:
             await asyncio.wait(self._jobs.values(), timeout=grace)
         left = {delivery_id: task for delivery_id, task in self._jobs.items() if not task.done()}

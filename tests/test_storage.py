@@ -268,7 +268,7 @@ async def test_two_writes_that_wait_for_each_other_both_succeed(db: Database, st
         manager.update(second, {"description": "y"})
 
     await asyncio.gather(storage.write(rename, *ids), storage.write(rename, *reversed(ids)))
-    assert len(tries) == 3
+    assert len(tries) >= 3
 
 
 @only_postgres
