@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import uvicorn
+from peewee import Database
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
@@ -32,10 +33,7 @@ SHUTDOWN_TIMEOUT = 10  # seconds that open requests get
 
 def create_app(config: settings.Settings) -> Starlette:
     """The service on the database of `config`. Raises Conflict while migrations are pending."""
-    db = open_database(config.database_url, pool_size=config.database_pool)
-    models.db.initialize(db)
-    require_reachable(db)
-    schema.require_current(db)
+    db = database_of(config)
     storage = storage_of(db, config.database_pool)
     worker = worker_of(config, storage) if config.run_worker else None
     events.attach(db, events.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
@@ -65,6 +63,15 @@ def create_app(config: settings.Settings) -> Starlette:
     app.state.worker = worker
     app.state.allowed_networks = config.allowed_networks
     return app
+
+
+def database_of(config: settings.Settings) -> Database:
+    """What the service and the workers use: there and migrated, else Unavailable or Conflict is raised."""
+    db = open_database(config.database_url, pool_size=config.database_pool)
+    models.db.initialize(db)
+    require_reachable(db)
+    schema.require_current(db)
+    return db
 
 
 def worker_of(config: settings.Settings, storage: Storage) -> Worker:

@@ -207,13 +207,13 @@ def is_missing(url: str) -> bool:
 
 
 @main.command()
-@with_database
-def worker(db: Database) -> None:
+@with_errors
+def worker() -> None:
     """Deliver, until it is told to stop (SIGTERM, Ctrl-C). Any number of workers may share one database."""
-    from app import quiet_gc, worker_of  # only here: the web server is not needed otherwise
+    from app import database_of, quiet_gc, worker_of  # only here: the web server is not needed otherwise
 
-    schema.require_current(db)
     config = settings.load()
+    db = database_of(config)
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
     async def work() -> None:

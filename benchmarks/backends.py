@@ -41,14 +41,14 @@ BACKLOG = 6000  # deliveries, to 10 endpoints
 SIZES = (1_000, 1_000_000)  # webhooks
 HISTORY = 10_000_000  # deliveries that have ended
 BYTES_OF_HISTORY = 700  # on the disk, for each, with its part of its event and all indexes
-CYCLES = 200
+TURNS = 3  # of both backends, one after the other: the machine's speed drifts
 
 
 def run() -> Iterator[Figure]:
     with postgres() as pg, tempfile.TemporaryDirectory(dir=server.DISK) as name:
         urls = [f"sqlite:///{server.migrated(Path(name))}", database(pg, "small")]
         yield from requests(urls)
-        yield from in_process(urls)
+        yield from in_process(pg, Path(name))
         yield from by_workers(pg, Path(name))
         yield from sizes(pg)
         yield from histories(pg, Path(name))
@@ -71,7 +71,10 @@ def database(pg: Postgres, name: str) -> str:
     return url
 
 
-def versus(claim: str, sqlite: float, pg: float, ratio: float, target: str = ">= 0") -> Figure:
+def versus(claim: str, rounds: list[list[float]], target: str = ">= 0") -> Figure:
+    """The medians of rounds, each a rate for SQLite and one for PostgreSQL."""
+    sqlite, pg = (statistics.median(rates[place] for rates in rounds) for place in (0, 1))
+    ratio = statistics.median(rates[1] / rates[0] for rates in rounds)
     return Figure(f"PostgreSQL: {claim}", f"{pg:,.0f}/s", f"SQLite: {sqlite:,.0f}/s", ratio, target)
 
 
@@ -80,8 +83,7 @@ def requests(urls: list[str]) -> Iterator[Figure]:
     with ExitStack() as stack:
         running = [stack.enter_context(server.hookline(url, pinned=False)).url for url in urls]
         for claim, rounds in asyncio.run(load(running)).items():
-            sqlite, pg = (statistics.median(rates[place] for rates in rounds) for place in (0, 1))
-            yield versus(claim, sqlite, pg, statistics.median(rates[1] / rates[0] for rates in rounds))
+            yield versus(claim, rounds)
 
 
 async def load(urls: list[str]) -> dict[str, list[list[float]]]:
@@ -102,33 +104,37 @@ def publish(client: Client, url: str) -> http.Request:
     return request
 
 
-def in_process(urls: list[str]) -> Iterator[Figure]:
+def both(pg: Postgres, folder: Path, name: str) -> list[str]:
+    """A new database of each backend: SQLite's comes first."""
+    return [f"sqlite:///{server.migrated(folder / name)}", database(pg, name)]
+
+
+def in_process(pg: Postgres, folder: Path) -> Iterator[Figure]:
     """Published and delivered by one process."""
-    found: list[dict[str, float]] = []
+    turns: dict[str, list[list[float]]] = {fan_out: [] for fan_out in deliver.TARGETS}
     with deliver.sink(pinned=False) as port:
-        for url in urls:
-            command = [sys.executable, "-m", "benchmarks.delivering", url, str(port)]
-            done = subprocess.run(command, cwd=server.ROOT, check=True, capture_output=True, text=True)
-            rounds = [json.loads(line) for line in done.stdout.splitlines()][1:]
-            found.append({name: statistics.median(one[name] for one in rounds) for name in rounds[0]})
-    sqlite, pg = found
-    for fan_out in deliver.TARGETS:
-        claim = f"deliveries of one process, fan-out {fan_out}"
-        yield versus(claim, sqlite[fan_out], pg[fan_out], pg[fan_out] / sqlite[fan_out], TARGET)
+        for turn in range(TURNS):
+            found = [delivering(url, port) for url in both(pg, folder, f"in_process_{turn}")]
+            for fan_out, rates in turns.items():
+                rates.append([one[fan_out] for one in found])
+    for fan_out, rates in turns.items():
+        yield versus(f"deliveries of one process, fan-out {fan_out}", rates, TARGET)
+
+
+def delivering(url: str, port: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.delivering", url, str(port)]
+    done = subprocess.run(command, cwd=server.ROOT, check=True, capture_output=True, text=True)
+    rounds = [json.loads(line) for line in done.stdout.splitlines()][1:]
+    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
 
 
 def by_workers(pg: Postgres, folder: Path) -> Iterator[Figure]:
     """A backlog that `manage.py worker` processes deliver."""
     for workers in WORKERS:
-        rates = []
-        for backend in ("sqlite", "postgres"):
-            name = f"backlog_{workers}"
-            url = database(pg, name) if backend == "postgres" else f"sqlite:///{server.migrated(folder / name)}"
-            rates.append(drained(url, workers))
-        sqlite, rate = rates
-        yield versus(
-            f"deliveries of {workers} workers", sqlite, rate, rate / sqlite, TARGET if workers == 1 else ">= 0"
-        )
+        names = [f"backlog_{workers}_{turn}" for turn in range(TURNS)]
+        rates = [[drained(url, workers) for url in both(pg, folder, name)] for name in names]
+        claim = f"deliveries of {workers} worker{'s' * (workers > 1)}"
+        yield versus(claim, rates, TARGET if workers == 1 else ">= 0")
 
 
 def drained(url: str, workers: int) -> float:
@@ -179,40 +185,42 @@ def opened(url: str) -> Iterator[Database]:
 
 def sizes(pg: Postgres) -> Iterator[Figure]:
     """What publishing an event to 10 webhooks and settling its deliveries costs, among few webhooks and many."""
-    found = []
-    for size in SIZES:
-        url = database(pg, f"webhooks_{size}")
-        execute(url, WEBHOOKS.format(size=size))
-        execute(url, SUBSCRIPTIONS)
-        execute(url, "VACUUM ANALYZE")
-        with opened(url) as db:
-            found.append(cycle(db))
-    yield flat(f"PostgreSQL: publish and settle at {SIZES[1]:,} webhooks", f"at {SIZES[0]:,}", *found)
+    with ExitStack() as stack:
+        found = []
+        for size in SIZES:
+            url = database(pg, f"webhooks_{size}")
+            execute(url, WEBHOOKS.format(size=size))
+            execute(url, SUBSCRIPTIONS)
+            execute(url, "VACUUM ANALYZE")
+            found.append(stack.enter_context(opened(url)))
+        yield flat(f"PostgreSQL: publish and settle at {SIZES[1]:,} webhooks", f"at {SIZES[0]:,}", found)
 
 
 def histories(pg: Postgres, folder: Path) -> Iterator[Figure]:
     """The same with an empty log and with a long one, as long as the disk holds."""
     rows = min(HISTORY, shutil.disk_usage(folder).free // 3 // BYTES_OF_HISTORY)
-    for backend in ("PostgreSQL", "SQLite"):
-        url = database(pg, "history") if backend == "PostgreSQL" else f"sqlite:///{server.migrated(folder / 'history')}"
-        with opened(url) as db:
-            deliver.fill(db, 1000, matching=10)
-            empty = cycle(db)
-            remember(db, rows)
-            yield flat(f"{backend}: publish and settle with {rows:,} deliveries", "with none", empty, cycle(db))
+    empties, longs = both(pg, folder, "empty"), both(pg, folder, "history")
+    for backend, *urls in zip(("SQLite", "PostgreSQL"), empties, longs, strict=True):
+        with opened(urls[0]) as empty, opened(urls[1]) as long:
+            for db in (empty, long):
+                deliver.fill(db, 1000, matching=10)
+            remember(long, rows)
+            yield flat(f"{backend}: publish and settle with {rows:,} deliveries", "with none", [empty, long])
 
 
-def flat(claim: str, other: str, before: float, after: float) -> Figure:
+def flat(claim: str, other: str, dbs: list[Database]) -> Figure:
+    """What a cycle costs in the second database, against the first."""
+    works = [cycle(db) for db in dbs]
+    deliver.medians(works)  # connections, statements and pages are warm then
+    before, after = deliver.medians(works)
     return Figure(claim, f"{after * 1e3:.2f} ms", f"{other}: {before * 1e3:.2f} ms", after / before, "<= 1.5")
 
 
-def cycle(db: Database) -> float:
-    """The median, in seconds, of publishing one event to 10 webhooks, loading its deliveries and settling them."""
+def cycle(db: Database) -> Callable[[], None]:
+    """Publishes one event to 10 webhooks, loads its deliveries and settles them."""
     woken: list[Wake] = []
     events.attach(db, Outlet(slots=lambda: Slots(1000, 1000), wake=woken.append))
-    for _ in range(CYCLES // 4):  # connections, statements and pages are warm then
-        once(db, woken)
-    return statistics.median(deliver.timed(lambda: once(db, woken)) for _ in range(CYCLES))
+    return lambda: once(db, woken)
 
 
 def once(db: Database, woken: list[Wake]) -> None:

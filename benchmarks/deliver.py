@@ -12,9 +12,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -106,35 +107,31 @@ def insert_groups(fan_out: int, count: int, group: int = 20) -> None:
 
 def latencies() -> Iterator[Figure]:
     """The median of publishing one event to 10 matching webhooks, among few and among many."""
-    small, large = (publish_latency(size) for size in SIZES)
+    with fresh() as few, fresh() as many:
+        works = []
+        for db, size in zip((few, many), SIZES, strict=True):
+            fill(db, size, matching=10)
+            works.append(lambda db=db: events.publish_all(db, [NewEvent("goal", {**DATA, "home_team": "t"})]))
+        small, large = medians(works)
     against = f"at {SIZES[0]:,}: {small * 1e3:.2f} ms"
     yield Figure(f"publish at {SIZES[1]:,} webhooks", f"{large * 1e3:.2f} ms", against, large / small, "<= 1.5")
 
 
-def publish_latency(webhooks: int) -> float:
-    with fresh() as db:
-        fill(db, webhooks, matching=10)
-        return median_of(lambda: events.publish_all(db, [NewEvent("goal", {**DATA, "home_team": "t"})]))
-
-
 def claims() -> Iterator[Figure]:
     """The median of claiming 100 deliveries of the due lanes, with few and with many pending."""
-    small, large = (claim_time(size) for size in SIZES)
+    with fresh() as few, fresh() as many:
+        for db, pending in zip((few, many), SIZES, strict=True):
+            fill(db, 10, matching=10)
+            backlog(db, pending)
+        small, large = medians([partial(claim, few), partial(claim, many)])
     against = f"at {SIZES[0]:,}: {small * 1e3:.2f} ms"
     yield Figure(f"claim at {SIZES[1]:,} pending", f"{large * 1e3:.2f} ms", against, large / small, "<= 1.5")
 
 
-def claim_time(pending: int) -> float:
-    with fresh() as db:
-        fill(db, 10, matching=10)
-        backlog(db, pending)
-
-        def claim() -> None:
-            with db.connection_context(), db.atomic() as transaction:
-                assert len(lanes.claim(db, Rules(), 100, {}, [])) == 100
-                transaction.rollback()
-
-        return median_of(claim)
+def claim(db: Database) -> None:
+    with db.connection_context(), db.atomic() as transaction:
+        assert len(lanes.claim(db, Rules(), 100, {}, [])) == 100
+        transaction.rollback()
 
 
 def healthy() -> Iterator[Figure]:
@@ -237,5 +234,7 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def median_of(work: Callable[[], Any]) -> float:
-    return statistics.median(timed(work) for _ in range(REPEAT))
+def medians(works: Sequence[Callable[[], Any]]) -> list[float]:
+    """The median time of each, in seconds. They take turns: the machine's speed drifts."""
+    rounds = [[timed(work) for work in works] for _ in range(REPEAT)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]

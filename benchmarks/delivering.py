@@ -31,7 +31,7 @@ ROUNDS = 11
 BARE = 1500  # posts in a round
 EVENTS = {1: 1500, 10: 150}  # published in a round, by fan-out
 CONCURRENCY = 256
-WINDOW = 120  # deliveries under way
+WINDOW = {1: 120, 10: 240}  # deliveries under way: a webhook may have half of the slots
 DATA = {
     "game_id": "401547417",
     "home_team": "ne",
@@ -73,12 +73,12 @@ async def ours(storage: Storage, fan_out: int) -> float:
     publishing: set[asyncio.Task[Any]] = set()
     start = time.perf_counter()
     while recorded < total:
-        while begun < total and begun - recorded + fan_out <= WINDOW:
+        while begun < total and begun - recorded + fan_out <= WINDOW[fan_out]:
             task = asyncio.ensure_future(storage.write_together(publish_all, NewEvent(f"fan_{fan_out}", DATA)))
             publishing.add(task)
             task.add_done_callback(publishing.discard)
             begun += fan_out
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.002)  # looking costs, too
         recorded = await storage.read(succeeded, storage.db) - before
     return total / (time.perf_counter() - start)
 
