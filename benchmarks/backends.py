@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from peewee import Database
@@ -25,20 +26,24 @@ import models
 from benchmarks import deliver, http, server
 from benchmarks.delivering import DATA
 from benchmarks.report import Figure
-from hookline import WebhookManager, clock, events, lanes, policy
+from hookline import WebhookManager, clock, events, lanes, policy, retention
 from hookline.database import is_postgres, open_database, unit
 from hookline.events import NewEvent, Outlet, Slots, Wake
 from hookline.lanes import Settled
 from hookline.policy import Result
+from hookline.storage import storage_of
 from models import stored_time
 from tests import databases
 from tests.databases import Postgres, execute, named
 
 SECRET = "a-secret-of-enough-characters"
 TARGET = ">= 0.4"  # of SQLite's rate, for delivering with one worker
+BACKENDS = ("SQLite", "PostgreSQL")
 WORKERS = (1, 2, 4)
 BACKLOG = 6000  # deliveries, to 10 endpoints
 SIZES = (1_000, 1_000_000)  # webhooks
+PURGED = 100_000  # deliveries, ten of each event
+PUBLISHED = 2000  # events, one after the other, while nothing is purged
 HISTORY = 10_000_000  # deliveries that have ended
 BYTES_OF_HISTORY = 700  # on the disk, for each, with its part of its event and all indexes
 TURNS = 3  # of both backends, one after the other: the machine's speed drifts
@@ -50,6 +55,7 @@ def run() -> Iterator[Figure]:
         yield from requests(urls)
         yield from in_process(pg, Path(name))
         yield from by_workers(pg, Path(name))
+        yield from purges(pg, Path(name))
         yield from sizes(pg)
         yield from histories(pg, Path(name))
 
@@ -183,6 +189,47 @@ def opened(url: str) -> Iterator[Database]:
     db.close_all()  # type: ignore[attr-defined]
 
 
+def purges(pg: Postgres, folder: Path) -> Iterator[Figure]:
+    """The p95 of publishing, one event after the other, while the worker of the same process purges."""
+    for backend, url in zip(BACKENDS, both(pg, folder, "purge"), strict=True):
+        with opened(url) as db:
+            deliver.fill(db, 1000, matching=10)
+            remember(db, PURGED, clock.now() - timedelta(days=31))
+            alone, beside, took = asyncio.run(published_beside_a_purge(db))
+            yield Figure(
+                f"{backend}: publish p95 beside a purge of {PURGED / took:,.0f} deliveries/s",
+                f"{beside * 1e3:.1f} ms",
+                f"alone: {alone * 1e3:.1f} ms",
+                beside / alone,
+                ">= 0",
+            )
+
+
+async def published_beside_a_purge(db: Database) -> tuple[float, float, float]:
+    """The p95s alone and beside it, and how long the purge took, in seconds."""
+    storage, manager = storage_of(db), WebhookManager(db=db)
+    await storage.start()
+
+    async def publish() -> float:
+        start = time.perf_counter()
+        await storage.write(manager.send_event, "nobody", DATA)
+        return time.perf_counter() - start
+
+    def left() -> int:
+        return int(db.execute_sql("SELECT count(*) FROM events WHERE event_type = 'goal'").fetchone()[0])
+
+    alone = [await publish() for _ in range(PUBLISHED)]
+    start = time.perf_counter()
+    purging = asyncio.ensure_future(retention.keep(storage, 30 * 86400, first=0))
+    beside: list[float] = []
+    while await storage.scan(left):
+        beside += [await publish() for _ in range(20)]
+    took = time.perf_counter() - start
+    purging.cancel()
+    await storage.stop()
+    return statistics.quantiles(alone, n=20)[-1], statistics.quantiles(beside, n=20)[-1], took
+
+
 def sizes(pg: Postgres) -> Iterator[Figure]:
     """What publishing an event to 10 webhooks and settling its deliveries costs, among few webhooks and many."""
     with ExitStack() as stack:
@@ -200,11 +247,11 @@ def histories(pg: Postgres, folder: Path) -> Iterator[Figure]:
     """The same with an empty log and with a long one, as long as the disk holds."""
     rows = min(HISTORY, shutil.disk_usage(folder).free // 3 // BYTES_OF_HISTORY)
     empties, longs = both(pg, folder, "empty"), both(pg, folder, "history")
-    for backend, *urls in zip(("SQLite", "PostgreSQL"), empties, longs, strict=True):
+    for backend, *urls in zip(BACKENDS, empties, longs, strict=True):
         with opened(urls[0]) as empty, opened(urls[1]) as long:
             for db in (empty, long):
                 deliver.fill(db, 1000, matching=10)
-            remember(long, rows)
+            remember(long, rows, clock.now())
             yield flat(f"{backend}: publish and settle with {rows:,} deliveries", "with none", [empty, long])
 
 
@@ -245,11 +292,11 @@ SUBSCRIPTIONS = """
     SELECT 'goal', team, webhook_id FROM webhooks ORDER BY team, webhook_id"""
 
 
-def remember(db: Database, rows: int) -> None:
-    """So many deliveries that have succeeded, ten of each event, over all webhooks."""
+def remember(db: Database, rows: int, at: datetime) -> None:
+    """So many deliveries that succeeded then, ten of each event, over all webhooks."""
     series = "generate_series({0} + 1, {1}) AS s(n)" if is_postgres(db) else SERIES
     event_id = "'evt_' || lpad(n::text, 36, '0')" if is_postgres(db) else "printf('evt_%036d', n)"
-    now = f"'{stored_time(clock.now())}'" + ("::timestamptz" if is_postgres(db) else "")
+    now = f"'{stored_time(at)}'" + ("::timestamptz" if is_postgres(db) else "")
     payload = json.dumps({**DATA, "event_type": "goal", "timestamp": "2026-11-23T14:30:01"})
     statements: list[Callable[[int, int], str]] = [
         lambda first, last: (

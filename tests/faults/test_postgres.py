@@ -20,7 +20,7 @@ from tests.faults.load import QUICK, Load, every, killed_at_last, wait_until_non
 from tests.receiver import Receiver
 
 WEBS, WORKERS = 2, 4
-PATIENT = QUICK | {"LEASE": "30s", "DELIVERY_TIMEOUT": "10s"}  # a slow machine is no reason to send again
+PATIENT = QUICK | {"LEASE": "30s", "DELIVERY_TIMEOUT": "10s", "DATABASE_POOL": "2"}  # a slow machine sends once, too
 WEB_ONLY = QUICK | {"RUN_WORKER": "false", "DATABASE_POOL": "4"}
 SMALL = QUICK | {"DATABASE_POOL": "4"}
 ENDPOINTS = 5
@@ -74,10 +74,12 @@ def test_four_workers_and_two_web_processes_send_nothing_twice(place: Place, rec
             stack.enter_context(worker(place, **PATIENT))
         loads = [stack.enter_context(Load(web, acknowledged)) for web in webs]
         receiver.wait_for(1000, timeout=60)
+        connections = execute(place.url, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
         for load in loads:
             load.stop()
         wait_until_none_is_pending(webs[0])
         require_all_arrived(acknowledged, receiver, webs[0])
+        assert connections[0][0] <= WEBS * 4 + WORKERS * (2 + 1) + 1  # the pools, who listens, and this one
         assert {one["attempts"] for one in made(webs[0])} == {1}
     assert set(arrived(receiver).values()) == {1}
     assert [load.refused for load in loads] == [[], []]
