@@ -6,15 +6,26 @@ statements) and in `storage.py` (who runs them).
 
 from __future__ import annotations
 
+import heapq
 import select
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from peewee import Database, InterfaceError, InternalError, OperationalError, PostgresqlDatabase, Psycopg3Adapter
-from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase, PooledSqliteDatabase
+from peewee import (
+    Database,
+    DatabaseError,
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    PostgresqlDatabase,
+    Psycopg3Adapter,
+)
+from playhouse.pool import MaxConnectionsExceeded, PoolConnection, PooledPostgresqlDatabase, PooledSqliteDatabase
 
 from hookline.errors import Invalid, Unavailable
 
@@ -41,6 +52,13 @@ CONNECTION = {
     "keepalives_interval": 10,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # ms
+}
+SESSION = {  # what we rely on, whatever the server's, the database's and the role's defaults are
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "default_transaction_isolation": "read committed",  # locks, then looks again: see lanes.py
+    "lock_timeout": f"{LOCK_TIMEOUT}s",
+    "jit": "off",  # it costs more than any statement of ours takes
 }
 
 
@@ -83,12 +101,14 @@ def _open_postgres(url: str, pool_size: int, long_work: bool) -> Database:
     except ImportError as exc:
         raise Invalid("PostgreSQL needs its driver: pip install -r requirements-postgres.txt") from exc
     try:
-        parameters: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url)}
+        parameters: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url), "client_encoding": "utf8"}
     except ProgrammingError as exc:
         raise Invalid("this is not a PostgreSQL URL; one is like postgresql://user:password@host:port/name") from exc
-    name = parameters.pop("dbname", "") or parameters.get("user", "postgres")
+    port = str(parameters.get("port", "")).replace(",", "")
+    if "@" in f"{parameters.get('host')} {parameters.get('dbname')}" or (port and not port.isdecimal()):
+        raise Invalid("a PostgreSQL URL needs @ : / ? % in the user and the password percent-encoded, such as %40")
     db: Database = PostgresPool(
-        name,
+        parameters.get("dbname") or "the default one",  # only a name for Peewee: libpq gets the parameters
         max_connections=pool_size,
         timeout=BUSY_TIMEOUT,
         stale_timeout=STALE,
@@ -104,17 +124,14 @@ class Adapter(Psycopg3Adapter):
     """Sets up each new connection, and checks one that was idle without a round trip."""
 
     def connect(self, db: Database, **parameters: Any) -> Any:
-        connection = super().connect(db, **parameters)  # type: ignore[no-untyped-call]
-        connection.autocommit = True  # transactions are begun by name
-        settings = {
-            "timezone": "UTC",
-            "statement_timeout": f"{db.statement_timeout}s",  # type: ignore[attr-defined]
-            "lock_timeout": f"{LOCK_TIMEOUT}s",
-            "jit": "off",  # it costs more than any statement of ours takes
-            "idle_in_transaction_session_timeout": f"{2 * db.statement_timeout}s",  # type: ignore[attr-defined]
-        }
-        for name, value in settings.items():
-            connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+        from psycopg import connect
+
+        connection = connect(**parameters, autocommit=True)  # transactions are begun by name
+        seconds = db.statement_timeout  # type: ignore[attr-defined]
+        limits = {"statement_timeout": f"{seconds}s", "idle_in_transaction_session_timeout": f"{2 * seconds}s"}
+        values = {**SESSION, **limits}
+        calls = ", ".join(["set_config(%s, %s, false)"] * len(values))
+        connection.execute(f"SELECT {calls}".encode(), [part for pair in values.items() for part in pair])
         # What is acknowledged is on the disk, whatever the server's default is; a stricter default is left alone.
         durable = "SELECT set_config('synchronous_commit', 'on', false) "
         connection.execute(durable + "WHERE current_setting('synchronous_commit') = 'off'")
@@ -132,7 +149,41 @@ class Adapter(Psycopg3Adapter):
 
 
 class PostgresPool(PooledPostgresqlDatabase):  # type: ignore[misc]
+    """Peewee's pool, but connections are made outside its locks.
+
+    A server that does not answer then holds up who needs a new one, and nobody who has one or gives one back.
+    """
+
     psycopg3_adapter = Adapter
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._lock = nullcontext()  # what it guards is of each thread
+
+    def _connect(self) -> Any:
+        reserved = object()
+        with self._pool_lock:
+            while self._connections:
+                since, _, connection = heapq.heappop(self._connections)
+                if not self._is_closed(connection):
+                    if not self._is_stale(since):
+                        self._in_use[id(connection)] = PoolConnection(since, connection, time.time())
+                        return connection
+                    self._close_raw(connection)
+            if len(self._in_use) >= self._max_connections:
+                raise MaxConnectionsExceeded
+            self._in_use[id(reserved)] = PoolConnection(time.time(), None, time.time())
+        connection = None
+        try:
+            connection = PostgresqlDatabase._connect(self)  # type: ignore[attr-defined]  # the pool's holds its lock
+            return connection
+        finally:
+            with self._pool_lock:
+                del self._in_use[id(reserved)]
+                if connection is None:
+                    self._pool_available.notify()
+                else:
+                    self._in_use[id(connection)] = PoolConnection(time.time(), connection, time.time())
 
 
 def is_postgres(db: Database) -> bool:
@@ -140,20 +191,31 @@ def is_postgres(db: Database) -> bool:
 
 
 def require_reachable(db: Database) -> None:
-    """Raises Unavailable that says why no connection can be had: for those who start a program, not for HTTP."""
+    """Raises Unavailable or Invalid that says why it cannot be used: for those who start a program, not for HTTP."""
     if not db.is_closed():
         return
     try:
         db.connect()
-    except FAILURES as exc:
-        if not is_postgres(db):
-            raise Unavailable(sentence_for(exc)) from exc
-        reason = str(exc.__context__ or exc).strip().splitlines()[-1]
-        raise Unavailable(f"PostgreSQL cannot be reached: {reason}") from exc
-    db.close()
+    except (*FAILURES, DatabaseError) as exc:
+        if is_postgres(db):
+            raise Unavailable(f"PostgreSQL cannot be reached: {reason(exc)}") from exc
+        raise Unavailable(f"{db.database} cannot be opened: {exc}") from exc
+    try:
+        encoding = db.execute_sql("SHOW server_encoding").fetchone()[0] if is_postgres(db) else "UTF8"
+        if encoding != "UTF8":
+            raise Invalid(f"the database's encoding is {encoding}: make one with  ENCODING 'UTF8' TEMPLATE template0")
+    finally:
+        db.close()
 
 
-_thread = threading.local()  # `in_unit`: does this thread run a unit of work that `Storage` has begun?
+def reason(exc: BaseException) -> str:
+    """What the driver says of a failure, in one line, without its hints."""
+    lines = [line.strip() for line in str(getattr(exc, "orig", None) or exc).splitlines()]
+    hints = ("DETAIL:", "HINT:", "LINE ", "^", "Is the server running")
+    return " ".join(line for line in lines if line and not line.startswith(hints))
+
+
+_thread = threading.local()  # `unit_of`: the database of which this thread runs a unit of work of ours
 
 
 class connected:  # a class, because it is on every path
@@ -171,38 +233,52 @@ class connected:  # a class, because it is on every path
             try:
                 self.db.connect()
             except (*FAILURES, MaxConnectionsExceeded) as exc:
-                raise Unavailable(sentence_for(exc)) from exc
+                raise Unreachable(sentence_for(exc)) from exc
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
         if self.opened:
             self.db.close()
-        if isinstance(exc, FAILURES):
+        if isinstance(exc, FAILURES) or (isinstance(exc, DatabaseError) and error_name(exc) in OF_OPERATORS):
             raise Unavailable(sentence_for(exc)) from exc
+
+
+class Unreachable(Unavailable):
+    """No connection could be had: trying again at once would not help."""
 
 
 @contextmanager
 def transaction(db: Database) -> Iterator[None]:
     """One unit of work: committed at the end of the block, or, inside a caller's transaction, a savepoint of it.
 
-    Inside `Storage.write` the unit is open already. Failures become Unavailable.
+    Inside a unit that is open already it is a part of that. Failures become Unavailable.
     """
+    if in_unit(db):
+        yield
+        return
     with connected(db):
-        if getattr(_thread, "in_unit", False):
-            yield
-            return
-        with db.atomic():
-            yield
+        try:
+            with db.atomic() if db.in_transaction() else unit(db):
+                yield
+        except IntegrityError as exc:
+            if error_name(exc) in PASSING:
+                raise Unavailable(sentence_for(exc)) from exc
+            raise
 
 
 @contextmanager
 def unit(db: Database) -> Iterator[None]:
     """A transaction that `transaction` blocks inside it are part of, without savepoints of their own."""
     with connected(db), db.atomic():
-        _thread.in_unit = True
+        _thread.unit_of = db
         try:
             yield
         finally:
-            _thread.in_unit = False
+            _thread.unit_of = None
+
+
+def in_unit(db: Database) -> bool:
+    """Does this thread run a unit of work of ours? If not, a transaction that is open is the caller's own."""
+    return getattr(_thread, "unit_of", None) is db
 
 
 BUSY = "the database is busy; nothing was stored, try again"
@@ -211,13 +287,15 @@ SENTENCES = {
     "SQLITE_BUSY": BUSY,
     "SQLITE_READONLY": "the database is read-only; nothing was stored",
     "53100": "the disk is full; nothing was stored",  # SQLSTATEs of PostgreSQL from here on
-    "53300": "the database has no connection left; nothing was stored, try again",
     "25006": "the database is read-only; nothing was stored",
+    "42501": "the database role lacks a right that it needs; nothing was stored",
+    "23503": BUSY,  # foreign_key_violation: what it points at has just been deleted
     "40001": BUSY,  # serialization_failure
     "40P01": BUSY,  # deadlock_detected
     "55P03": BUSY,  # lock_not_available
     "57014": BUSY,  # query_canceled, by the time-out of statements
 }
+OF_OPERATORS = frozenset({"42501"})  # failures that Peewee takes for the programmer's
 PASSING = frozenset({"40001", "40P01", "23503"})  # a concurrent change was in the way: also a webhook just deleted
 
 

@@ -140,8 +140,11 @@ def _row(db: Database, delivery_id: int) -> Row:
 
 def _move(db: Database, row: Row, **values: Any) -> None:
     """Change a delivery if it still is as it was read."""
-    same = (Delivery.delivery_id == row["delivery_id"], Delivery.status == row["status"])
-    changed = Delivery.update(values).where(*same, Delivery.attempts == row["attempts"]).execute(db)
+    same = [Delivery.delivery_id == row["delivery_id"], Delivery.status == row["status"]]
+    same += [Delivery.attempts == row["attempts"], Delivery.leased == row["leased"]]
+    due = row["next_attempt_at"]
+    same.append(Delivery.next_attempt_at.is_null() if due is None else Delivery.next_attempt_at == due)
+    changed = Delivery.update(values).where(*same).execute(db)
     if not changed:
         raise Conflict("this delivery has just changed: look again")
 

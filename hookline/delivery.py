@@ -52,6 +52,7 @@ class Worker:
         self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
         self._backlog = False  # is more due than we had slots for?
         self._stopping = False
+        self._problem = ""  # why the last look for deliveries failed
         self._next_sweep = 0.0  # of time.monotonic()
         self._offset = time.time() - time.monotonic()  # of the wall clock, to notice that it went back
 
@@ -78,7 +79,8 @@ class Worker:
         self._awake.set()
         self._purging.cancel()
         await self._running
-        await asyncio.gather(*self._taking, return_exceptions=True)
+        while self._taking or self._coming:
+            await asyncio.gather(asyncio.sleep(0), *self._taking, return_exceptions=True)
         if self._jobs:
             await asyncio.wait(self._jobs.values(), timeout=grace)
         left = {delivery_id: task for delivery_id, task in self._jobs.items() if not task.done()}
@@ -87,11 +89,7 @@ class Worker:
         await asyncio.gather(*left.values(), return_exceptions=True)
         if self._recording is not None:
             await self._recording
-        try:
-            if left:
-                await self.storage.write(lanes.release, self.db, list(left))
-        except Unavailable as exc:
-            log.error("%s deliveries wait for their leases to run out: %s", len(left), exc)
+        await self._release(list(left))
         await self.client.close()
 
     def slots(self) -> events.Slots:
@@ -127,15 +125,25 @@ class Worker:
             self.storage.notify()
 
     async def _begin_leased(self, wake: Wake) -> None:
-        """Begin what this process has published, from its committed rows."""
+        """Begin what this process has published, from its committed rows; give it back if it stops."""
         try:
-            jobs = await self._loaded(wake)
+            jobs = [] if self._stopping else await self._loaded(wake)
         finally:
             with self._lock:
                 self._coming -= len(wake.leased)
                 self._held.subtract(webhook_id for _, webhook_id in wake.leased)
+        if self._stopping:
+            await self._release([delivery_id for delivery_id, _ in wake.leased])
+            return
         for job in jobs:
             self._begin(job)
+
+    async def _release(self, delivery_ids: list[int]) -> None:
+        try:
+            if delivery_ids:
+                await self.storage.write(lanes.release, self.db, delivery_ids)
+        except Unavailable as exc:
+            log.error("%s deliveries wait for their leases to run out: %s", len(delivery_ids), exc)
 
     async def _loaded(self, wake: Wake) -> list[Job]:
         leased = [(delivery_id, wake.until) for delivery_id, _ in wake.leased]
@@ -154,18 +162,27 @@ class Worker:
 
     async def _run(self) -> None:
         while not self._stopping:
-            self.beat = time.monotonic()
             try:
                 await self._heal()
                 wait = await self._step()
+                self.beat = time.monotonic()
+                self._report("")
             except Unavailable as exc:
-                log.error("cannot look for deliveries: %s", exc)
+                self._report(str(exc))
                 wait = POLL
             except Exception:  # whatever it is, the loop must outlive it
                 log.exception("looking for deliveries failed")
                 wait = POLL
             if wait:
                 await self._sleep(wait)
+
+    def _report(self, problem: str) -> None:
+        """Log that the database cannot be used, and that it can again: once each, not at every look."""
+        if problem and problem != self._problem:
+            log.error("cannot look for deliveries: %s", problem)
+        elif self._problem and not problem:
+            log.info("looking for deliveries again")
+        self._problem = problem
 
     async def _heal(self) -> None:
         """Find the leases that ran out, every half lease, and mend what a clock that went back would hold up."""
@@ -176,8 +193,8 @@ class Worker:
             await self.storage.write(lanes.rewind, self.db, self.rules.lease)
         self._offset = time.time() - now
         if now >= self._next_sweep:
+            self._next_sweep = now + self.rules.lease / 2  # first: if it fails, looking for what is due goes on
             await self.storage.write(lanes.sweep, self.db)
-            self._next_sweep = now + self.rules.lease / 2
 
     async def _sleep(self, seconds: float) -> None:
         try:
@@ -263,10 +280,10 @@ class Worker:
         self._recording = None
 
     async def _settle(self, batch: list[Settled]) -> None:
-        cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
         until = time.monotonic() + self.rules.lease - self.rules.timeout
         while True:
             try:
+                cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
                 await self.storage.write(lanes.settle, self.db, batch, cutoff)
                 return
             except Unavailable as exc:  # sent, but not recorded: try as long as they are ours

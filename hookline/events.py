@@ -7,6 +7,7 @@ in its webhook's lane. Only committed rows are ever sent: what wakes the worker 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections import Counter
@@ -21,9 +22,11 @@ from uuid_utils import uuid7
 
 import models
 from hookline import clock, notices, sql
-from hookline.database import transaction
+from hookline.database import in_unit, reason, transaction
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
 from models import IN_ORDER, read_time, stored_time
+
+log = logging.getLogger("hookline")
 
 EVENT_TYPE = re.compile(r"[!-~]([ -~]{0,198}[!-~])?")
 TEAM_FIELDS = ("home_team", "away_team", "team")
@@ -229,7 +232,7 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
     if len(leased) < len(rows):
         queue(db, "event_id IN (SELECT id FROM {given}) AND NOT leased", sql.ids(draft.event_id for draft in drafts))
     if leased:
-        db.after_commit(lambda: outlet.wake(Wake(leased, lost, since)))
+        after_commit(db, lambda: outlet.wake(Wake(leased, lost, since)))
     return Counter(event_id for _, _, event_id, _ in rows)
 
 
@@ -282,11 +285,41 @@ def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False
     """
     moment = sql.moment(db)
     due = sql.later(db, "lanes.open_at", sql.sooner(db, "lanes.due_at", "excluded.due_at"))
-    change = "due_at = excluded.due_at, open_at = NULL" if open_now else f"due_at = {due}"
+    change = f"due_at = {due}"
+    if open_now:  # but not of strict order while a delivery is being made: the closed lane is its lease
+        change = (
+            f"due_at = excluded.due_at, open_at = NULL WHERE NOT coalesce(lanes.open_at > excluded.due_at, FALSE) "
+            "OR NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
+            f"AND d.next_attempt_at = {moment} AND d.leased)"
+        )
     where = condition.format(given=sql.rows(db, "id"), numbers=sql.rows(db, "id bigint"))
     statement = (
         f"INSERT INTO lanes (webhook_id, due_at, failures) SELECT DISTINCT webhook_id, {moment}, 0 FROM deliveries "
         f"WHERE {where} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
     )
-    db.execute_sql(statement, (stored_time(clock.now()), *parameters))
-    db.after_commit(lambda: outlet_of(db).wake(Wake()))
+    given = (stored_time(clock.now()), *parameters, *([IN_ORDER] if open_now else []))
+
+    def open_lanes() -> None:
+        db.execute_sql(statement, given)
+
+    def wake() -> None:
+        outlet_of(db).wake(Wake())
+
+    if in_unit(db):
+        open_lanes()
+        after_commit(db, wake)
+    else:  # the caller's own transaction: until it ends it would hold lanes that workers and other publishers need
+        after_commit(db, open_lanes, wake)
+
+
+def after_commit(db: Database, *steps: Callable[[], None]) -> None:
+    """What follows once it is committed. If it fails the sweep finds what waits, so nobody is told."""
+
+    def follow() -> None:
+        try:
+            for step in steps:
+                step()
+        except Exception as exc:
+            log.warning("deliveries wait for the sweep: %s", reason(exc))
+
+    db.after_commit(follow)

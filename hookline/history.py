@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +14,7 @@ from hookline.database import connected, transaction
 from hookline.errors import Conflict, NotFound
 from models import IN_ORDER, Delivery, Event, Status, Webhook, read_time, stored_time
 
+PAYLOADS_AT_ONCE = 200  # each has up to MAX_PAYLOAD
 UNDELIVERED = (Status.FAILED, Status.CANCELLED)
 
 Row = dict[str, Any]
@@ -101,12 +102,11 @@ def replay(
         if not webhook["enabled"]:
             raise Conflict("the webhook is disabled: enable it first")
         missed = _missed(db, webhook, since, until)
-        restarted = deliveries.restart(db, webhook_id, since, until, statuses)
-        _deliver(db, webhook, missed)
-        if missed or restarted:
+        made = deliveries.restart(db, webhook_id, since, until, statuses) + _deliver(db, webhook, missed)
+        if made:
             condition = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
             events.queue(db, condition, sql.ids([webhook_id]), open_now=True)
-        return restarted + len(missed)
+        return made
 
 
 def first_missed(db: Database, webhook_id: str, began: datetime) -> datetime:
@@ -121,26 +121,36 @@ def _missed(db: Database, webhook: Row, since: datetime, until: datetime | None)
     """The events that match the webhook and of which it has no delivery, oldest first."""
     wanted = set(json.loads(webhook["events"]))
     made = Delivery.select(1).where(Delivery.event == Event.event_id, Delivery.webhook == webhook["webhook_id"])
-    query = Event.select(Event.event_id, Event.payload).where(Event.created_at >= since, ~fn.EXISTS(made))
+    query = Event.select(Event.event_id, Event.payload, Event.created_at)
+    query = query.where(Event.created_at >= since, ~fn.EXISTS(made))
     if until is not None:
         query = query.where(Event.created_at < until)
     if "*" not in wanted:
         query = query.where(Event.event_type.in_(sorted(wanted)))
     query = query.where(Event.event_type != events.TEST_EVENT)
-    rows: Iterator[tuple[str, str]] = query.order_by(Event.created_at, Event.event_id).tuples().bind(db).iterator()
-    team = webhook["team"] or ""
-    return [event_id for event_id, payload in rows if not team or team in events.teams_of(json.loads(payload))]
+    query = query.order_by(Event.created_at, Event.event_id).limit(PAYLOADS_AT_ONCE)
+    team, found, rest = webhook["team"] or "", list[str](), query
+    while True:
+        rows = list(rest.tuples().bind(db).execute())
+        found += [event_id for event_id, payload, _ in rows if not team or team in events.teams_of(json.loads(payload))]
+        if len(rows) < PAYLOADS_AT_ONCE:
+            return found
+        last = Tuple(stored_time(rows[-1][2]), rows[-1][0])
+        rest = query.where(Tuple(Event.created_at, Event.event_id) > last)
 
 
-def _deliver(db: Database, webhook: Mapping[str, Any], event_ids: Sequence[str]) -> None:
+def _deliver(db: Database, webhook: Mapping[str, Any], event_ids: Sequence[str]) -> int:
+    """Insert deliveries of these events, unless another replay just has; returns how many."""
+    if not event_ids:
+        return 0
     now = stored_time(clock.now())
     due = IN_ORDER if webhook["ordered"] else now
     moment = sql.moment(db)
     statement = f"""
         INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
-        SELECT {db.param}, id, FALSE, {moment}, {moment} FROM {sql.rows(db, "id")} WHERE TRUE"""
-    if event_ids:
-        db.execute_sql(statement, (webhook["webhook_id"], due, now, sql.ids(event_ids)))
+        SELECT {db.param}, id, FALSE, {moment}, {moment} FROM {sql.rows(db, "id")} WHERE TRUE
+        ON CONFLICT (event_id, webhook_id) DO NOTHING"""
+    return int(db.execute_sql(statement, (webhook["webhook_id"], due, now, sql.ids(event_ids))).rowcount)
 
 
 def _event(db: Database, event_id: str) -> Row:

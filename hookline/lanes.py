@@ -185,12 +185,12 @@ def settle(db: Database, settled: Sequence[Settled], delinquent_since: str) -> N
     A webhook that has failed everything since `delinquent_since` is disabled.
     """
     now = stored_time(clock.now())
+    sql.lock_webhooks(db, {one.job.webhook_id for one in settled})
     if any(one.job.attempts for one in settled):
         _keep_earlier_attempts(db, settled)
     rows = db.execute_sql(settle_sql(db), (sql.parameter(_settled_row(one, now) for one in settled),)).fetchall()
     recorded = {delivery_id for (delivery_id,) in rows}  # the others were settled before, or given up
     counts = _counts(one for one in settled if one.job.delivery_id in recorded)
-    sql.lock(db, "webhooks", "webhook_id", [webhook_id for webhook_id, *_ in counts])
     db.execute_sql(count_sql(db), (sql.parameter(counts),))
     lanes = _lanes_after(settled, now)
     if lanes:

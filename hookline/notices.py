@@ -14,7 +14,7 @@ from typing import Any
 
 from peewee import Database
 
-from hookline.database import FAILURES, is_postgres
+from hookline.database import FAILURES, is_postgres, reason
 
 log = logging.getLogger("hookline")
 
@@ -77,19 +77,29 @@ class Notices:
                 self._wake()  # of what was told while nobody listened
                 await self._lost.wait()
             except Exception as exc:  # psycopg's, which is not installed everywhere
-                log.warning("not listening for notices, polling goes on: %s", type(exc).__name__)
-            self._drop()
+                log.warning("not listening for notices, polling goes on: %s", reason(exc))
+            finally:
+                self._drop()
             await asyncio.sleep(RECONNECT)
 
     async def _connect(self) -> None:
-        self._connection = await asyncio.to_thread(self._open)
+        opening = asyncio.ensure_future(asyncio.to_thread(self._open))
+        try:
+            self._connection = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(lambda done: done.exception() or done.result().close())
+            raise
         self._socket = self._connection.fileno()
         self._loop.add_reader(self._socket, self._read)
 
     def _open(self) -> Any:
         """A connection of its own, beside the pool's."""
         connection = self.db._adapter.connect(self.db, **self.db.connect_params)  # type: ignore[attr-defined]
-        connection.execute(f"LISTEN {CHANNEL}")
+        try:
+            connection.execute(f"LISTEN {CHANNEL}")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _read(self) -> None:
@@ -99,7 +109,7 @@ class Notices:
             while pgconn.notifies() is not None:
                 found = True
         except Exception:
-            self._loop.remove_reader(self._socket)
+            self._forget_socket()  # it is closed already: its number may be another's in a moment
             self._lost.set()
             return
         if found:
@@ -109,8 +119,13 @@ class Notices:
         if self.heard is not None:
             self.heard()
 
+    def _forget_socket(self) -> None:
+        if self._socket >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket = -1
+
     def _drop(self) -> None:
+        self._forget_socket()
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._loop.remove_reader(self._socket)
             connection.close()

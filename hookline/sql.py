@@ -67,14 +67,14 @@ def sooner(db: Database, first: str, second: str) -> str:
     return f"least({first}, {second})" if is_postgres(db) else f"min({first}, {second})"
 
 
-def lock(db: Database, table: str, key: str, values: Sequence[str]) -> None:
-    """Lock these rows for an update of theirs, in one order, so that two transactions never wait for each other.
+def lock_webhooks(db: Database, values: Iterable[str]) -> None:
+    """Lock these webhooks before what hangs on them, and in one order, so that no two transactions wait for each other.
 
-    SQLite has one writer.
+    A webhook's row comes first, as in its deletion, then its deliveries, then its lane. SQLite has one writer.
     """
-    if is_postgres(db) and len(values) > 1:
-        select = f"SELECT {key} FROM {table} WHERE {key} IN (SELECT id FROM {rows(db, 'id')})"
-        db.execute_sql(f"{select} ORDER BY {key} FOR NO KEY UPDATE", (ids(values),))
+    if is_postgres(db):
+        select = f"SELECT webhook_id FROM webhooks WHERE webhook_id IN (SELECT id FROM {rows(db, 'id')})"
+        db.execute_sql(f"{select} ORDER BY webhook_id FOR NO KEY UPDATE", (ids(values),))
 
 
 def skip_locked(db: Database, table: str) -> str:

@@ -11,7 +11,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -21,13 +23,26 @@ import anyio.to_thread
 from peewee import Database
 
 from hookline import notices
-from hookline.database import PASSING, POOL_SIZE, connected, error_name, is_lost, is_postgres, sentence_for, unit
+from hookline.database import (
+    PASSING,
+    POOL_SIZE,
+    Unreachable,
+    connected,
+    error_name,
+    is_lost,
+    is_postgres,
+    sentence_for,
+    unit,
+)
 from hookline.errors import Unavailable
 from hookline.notices import Notices
 
 T = TypeVar("T")
 
 GROUP_LIMIT = 500  # writes in one commit
+GROUP_LOCK_TIMEOUT = 1  # seconds, on PostgreSQL
+LOCKED = "55P03"  # PostgreSQL's SQLSTATE of a lock that was not to be had
+PAUSE = 0.02  # seconds between tries, at most
 TRIES = 3  # of a write that something passing was in the way of, on PostgreSQL
 STOPPING = "the service is stopping; nothing was stored"
 
@@ -37,6 +52,8 @@ def read_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
     try:
         with connected(db):
             return fn(*args)
+    except Unreachable:
+        raise
     except Unavailable as exc:
         if not is_lost(exc):
             raise
@@ -234,6 +251,7 @@ class PostgresStorage(Storage):
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(self._pool_size, "hookline-postgres")
+        self._scans = asyncio.Semaphore(max(self._pool_size // 2, 1))  # the other threads are for what is short
         self._refusing = False
         await self._notices.start()
 
@@ -247,9 +265,12 @@ class PostgresStorage(Storage):
         self.db.close_all()  # type: ignore[attr-defined]
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:
+        self._require_open()
         return await self._in_thread(read_now, self.db, fn, *args)
 
-    scan = read
+    async def scan(self, fn: Callable[..., T], *args: Any) -> T:
+        async with self._scans:
+            return await self.read(fn, *args)
 
     async def write(self, fn: Callable[..., T], *args: Any) -> T:
         self._require_open()
@@ -293,31 +314,30 @@ class PostgresStorage(Storage):
         while group := self._groups[fn][:GROUP_LIMIT]:
             del self._groups[fn][:GROUP_LIMIT]
             try:
-                answers = await self._in_thread(self._commit, fn, group)
+                deliver(group, await self._in_thread(write_now, self.db, together, self.db, fn, group))
             except Exception as exc:
-                answers = [exc] * len(group)
-            deliver(group, answers)
+                if isinstance(exc, Unknown) or is_lost(exc) or (len(group) == 1 and error_name(exc) != LOCKED):
+                    deliver(group, [exc] * len(group))
+                else:
+                    for job in group:
+                        self._tracked(self._write_alone(job))
         del self._groups[fn]
 
-    def _commit(self, fn: Callable[..., Any], group: list[Job]) -> list[Any]:
-        """An answer for each write of the group. If one of them fails each has a transaction of its own."""
+    async def _write_alone(self, job: Job) -> None:
+        """In a transaction of its own, so that it neither fails others nor has them wait."""
         try:
-            return list(write_now(self.db, fn, [job.args[0] for job in group]))
-        except Unknown as exc:
-            return [exc] * len(group)
+            deliver([job], [await self._in_thread(write_now, self.db, job.run)])
         except Exception as exc:
-            if len(group) == 1 or is_lost(exc):
-                return [exc] * len(group)
-        return [self._alone(job) for job in group]
-
-    def _alone(self, job: Job) -> Any:
-        try:
-            return write_now(self.db, job.run)
-        except Exception as exc:
-            return exc
+            deliver([job], [exc])
 
     async def _notify_now(self) -> None:
         await self._in_thread(read_now, self.db, notices.send, self.db)
+
+
+def together(db: Database, fn: Callable[..., Any], group: list[Job]) -> list[Any]:
+    """An answer for each job. If one waits for a lock that somebody holds on to, the others soon go on without it."""
+    db.execute_sql(f"SET LOCAL lock_timeout = '{GROUP_LOCK_TIMEOUT}s'")
+    return list(fn([job.args[0] for job in group]))
 
 
 class Unknown(Unavailable):
@@ -335,7 +355,8 @@ def write_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
         except Exception as exc:
             if done and is_lost(exc):
                 raise Unknown("the database went away in the middle: it may have been stored, or not") from exc
-            if left and (is_lost(exc) or error_name(exc) in PASSING):
+            if left and (error_name(exc) in PASSING or (is_lost(exc) and not isinstance(exc, Unreachable))):
+                time.sleep(random.uniform(0, PAUSE))  # so that two that collided do not collide again
                 continue
             if error_name(exc) in PASSING:
                 raise Unavailable(sentence_for(exc)) from exc

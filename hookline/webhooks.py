@@ -203,6 +203,7 @@ class WebhookManager:
         `replay`: since when it missed deliveries, and how many a replay would bring back.
         """
         with transaction(self.db):
+            sql.lock_webhooks(self.db, [webhook_id])
             before = self.get(webhook_id)
             after = {**before, **changes}
             check(after["url"], after["events"], None, after["team"])

@@ -117,6 +117,18 @@ def execute(url: str, statement: str) -> list[Any]:
         return cursor.fetchall() if cursor.description else []
 
 
+def wait_for_a_waiter(url: str) -> None:
+    """Until a transaction on this database waits for a lock."""
+    for _ in range(2000):
+        if execute(
+            url,
+            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'",
+        ):
+            return
+        time.sleep(0.005)
+    raise AssertionError("nobody waits for a lock")
+
+
 def named(url: str, name: str) -> str:
     """The URL of another database on the same server."""
     head, _, tail = url.partition("://")

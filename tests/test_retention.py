@@ -18,7 +18,7 @@ from hookline.events import NewEvent
 from hookline.storage import storage_of
 from models import Attempt, Delivery, Event
 from tests.conftest import SECRET, manage, only_postgres
-from tests.databases import Place, plan, read_whole
+from tests.databases import Place, plan, read_whole, wait_for_a_waiter
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
 CUTOFF = NOW - timedelta(days=30)
@@ -165,11 +165,7 @@ async def test_a_replay_of_an_event_that_is_being_purged_is_made_or_finds_it_gon
         ids, _ = retention.ended(db, CUTOFF)
         assert retention.purge(db, ids, CUTOFF).events == 1
         replay = asyncio.ensure_future(storage.write(history.replay, other, webhooks[0], OLD - timedelta(days=1)))
-        for _ in range(500):
-            waiting = db.execute_sql("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()[0]
-            if waiting or replay.done():
-                break
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_for_a_waiter, place.url)
         assert not replay.done()
     assert await replay == 0
     await storage.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,12 +15,12 @@ from peewee import Database
 
 import models
 from hookline import WebhookManager, schema
-from hookline.database import open_database
+from hookline.database import is_postgres, open_database, require_reachable
 from hookline.errors import Invalid, Unavailable
 from hookline.registration import Registration
 from hookline.storage import Storage, storage_of
 from tests.conftest import SECRET, only_postgres, only_sqlite
-from tests.databases import Place, Postgres, execute, plan
+from tests.databases import Place, Postgres, execute, named, plan, wait_for_a_waiter
 
 PRIMARY = "PRIMARY KEY|subscriptions_pkey"
 
@@ -123,6 +124,9 @@ async def test_stopping_finishes_what_was_accepted(db: Database) -> None:
         await storage.write(manager.register, "http://example.com/", ["a"], SECRET)
     with db.connection_context():
         assert count(db) == 50
+    if is_postgres(db):
+        with pytest.raises(Unavailable):
+            await storage.read(count, db)
 
 
 @only_sqlite
@@ -193,16 +197,85 @@ def test_the_hot_queries_seek_and_never_sort(db: Database, query: str, index: st
 
 
 def test_pooled_connections_to_postgres_are_set_up_whatever_the_servers_defaults() -> None:
-    server = Postgres(("fsync=off", "synchronous_commit=off", "timezone=Asia/Tokyo")).start()
+    defaults = {
+        "synchronous_commit": "off",
+        "timezone": "Asia/Tokyo",
+        "datestyle": "German",
+        "default_transaction_isolation": "serializable",
+        "client_encoding": "latin1",
+    }
+    server = Postgres(("fsync=off", *(f"{name}={value}" for name, value in defaults.items()))).start()
     try:
         db = open_database(server.url)
         with db.connection_context():
-            names = ("timezone", "synchronous_commit", "statement_timeout", "lock_timeout", "application_name")
-            found = [db.execute_sql(f"SHOW {name}").fetchone()[0] for name in names]
+            names = [*defaults, "statement_timeout", "lock_timeout", "application_name"]
+            found = {name: db.execute_sql(f"SHOW {name}").fetchone()[0] for name in names}
         db.close_all()  # type: ignore[attr-defined]
-        assert found == ["UTC", "on", "30s", "10s", "hookline"]
+        assert found == {
+            "synchronous_commit": "on",
+            "timezone": "UTC",
+            "datestyle": "ISO, DMY",
+            "default_transaction_isolation": "read committed",
+            "client_encoding": "UTF8",
+            "statement_timeout": "30s",
+            "lock_timeout": "10s",
+            "application_name": "hookline",
+        }
+        execute(server.url, "CREATE DATABASE ascii ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+        ascii_only = open_database(named(server.url, "ascii"))
+        with pytest.raises(Invalid, match="encoding is SQL_ASCII"):
+            require_reachable(ascii_only)
+        ascii_only.close_all()  # type: ignore[attr-defined]
     finally:
         server.stop()
+
+
+def test_a_server_that_makes_no_new_connections_holds_up_nobody_who_has_one() -> None:
+    server = Postgres(("fsync=off",)).start()
+    db = open_database(server.url)
+    connecting = threading.Thread(target=lambda: db.connect() and db.close())
+    try:
+        db.connect()
+        db.close()
+        db.connect()  # the pooled one
+        server.process.send_signal(signal.SIGSTOP)  # sessions go on, new ones are not begun
+        connecting.start()
+        for _ in range(3):
+            assert db.execute_sql("SELECT 1").fetchone() == (1,)
+            db.close()
+            db.connect()
+        assert connecting.is_alive()
+        db.close()
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+        connecting.join(20)
+        db.close_all()  # type: ignore[attr-defined]
+        server.stop()
+    assert not connecting.is_alive()
+
+
+@only_postgres
+def test_what_a_url_leaves_out_comes_from_libpqs_environment(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = place.url.rpartition("/")[2].partition("?")[0]
+    monkeypatch.setenv("PGDATABASE", name)
+    db = open_database(named(place.url, "").replace("/?", "?"))
+    with db.connection_context():
+        assert db.execute_sql("SELECT current_database()").fetchone() == (name,)
+    db.close_all()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:hu@sh@127.0.0.1/name",
+        "postgresql://user:hu/sh@127.0.0.1/name",
+        "postgresql://user:hu%sh@127.0.0.1/name",
+    ],
+)
+def test_a_password_that_is_not_percent_encoded_is_refused_and_not_printed(url: str) -> None:
+    with pytest.raises(Invalid, match=r"percent-encoded|not a PostgreSQL URL") as refused:
+        require_reachable(open_database(url))
+    assert "sh" not in str(refused.value).replace("such", "")
 
 
 def end_connections(place: Place) -> None:
@@ -281,11 +354,7 @@ async def test_an_event_published_while_its_webhook_is_being_deleted_is_stored_w
     with other.connection_context(), other.atomic():
         other.execute_sql("DELETE FROM webhooks WHERE webhook_id = %s", (webhook_id,))
         publishing = asyncio.ensure_future(storage.write(manager.send_event, "a", {}))
-        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-        for _ in range(2000):
-            if publishing.done() or execute(place.url, waiting) != [(0,)]:
-                break
-            await asyncio.sleep(0.005)
+        await asyncio.to_thread(wait_for_a_waiter, place.url)
         assert not publishing.done()
     assert (await publishing).deliveries == 0
     other.close_all()  # type: ignore[attr-defined]
