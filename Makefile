@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
-POSTGRES := $(findstring postgres,$(DATABASE_URL)$(shell grep -s "^DATABASE_URL=" .env))
+URL := $(or $(DATABASE_URL),$(shell sed -n "s/^[[:space:]]*\(export[[:space:]]*\)*DATABASE_URL[[:space:]]*=[[:space:]]*//p" .env 2>/dev/null))
+POSTGRES := $(filter postgres% "postgres% 'postgres%,$(firstword $(URL)))
 
 .PHONY: install run test lint bench
 

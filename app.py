@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from peewee import Database
+from peewee import Database, PeeweeException
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
@@ -22,6 +22,7 @@ from hookline.database import open_database, require_reachable
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.errors import HooklineError
+from hookline.failures import reason
 from hookline.policy import Rules
 from hookline.storage import Storage, storage_of
 from hookline.webhooks import WebhookManager
@@ -94,6 +95,8 @@ def assembled() -> tuple[Starlette, settings.Settings]:
         return create_app(config), config
     except (settings.BadSetting, HooklineError) as exc:
         sys.exit(f"Hookline cannot start: {exc}")
+    except PeeweeException as exc:
+        sys.exit(f"Hookline cannot start: the database refused: {reason(exc)}")
 
 
 def __getattr__(name: str) -> Any:

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
-from peewee import Database
+from peewee import Database, PeeweeException
 
 import models
 import settings
 from hookline import clock, copying, events, notices, retention, schema, signing, transfer
 from hookline.database import open_database, require_reachable
 from hookline.errors import HooklineError, Invalid
+from hookline.failures import UNKNOWN, reason
 from hookline.storage import storage_of
 
 SHOWN_PROBLEMS = 1000
@@ -67,7 +68,11 @@ def with_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise click.ClickException(str(exc)) from exc
         except HooklineError as exc:
             show_problems(exc)
-            raise click.ClickException(str(exc)) from exc
+            cause = exc.__cause__ if str(exc) == UNKNOWN else None  # here its own words may be shown
+            why = f"the database cannot be used: {reason(cause)}" if cause else str(exc)
+            raise click.ClickException(why) from exc
+        except PeeweeException as exc:
+            raise click.ClickException(f"the database refused: {reason(exc)}") from exc
 
     return run
 
@@ -200,6 +205,7 @@ def copy_command(source_url: str, target_url: str, dry_run: bool, overwrite: boo
         compared = copying.copy(source, target, overwrite=overwrite, progress=progress)
     for one in compared:
         click.echo(f"{one.table:15} {one.rows:>12,} rows  {one.checksum[:16]}  same")
+    click.echo("the copy is whole: set DATABASE_URL to the target, and start")
 
 
 def is_missing(url: str) -> bool:
@@ -332,7 +338,12 @@ def progress_bar() -> Iterator[transfer.Progress]:
         if done >= total:
             bars[what].render_finish()
 
-    yield advance
+    try:
+        yield advance
+    finally:
+        for bar in bars.values():  # also after Ctrl-C or an error: it hides the cursor
+            if not bar.finished:
+                bar.render_finish()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dotenv import dotenv_values
 
 SIZES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # seconds
+LONGEST = 36500 * 86400.0  # seconds, a century: dates end somewhere
 MARGIN = 2  # seconds of a lease that settling a delivery may take
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 EPHEMERAL = {  # what each host sets in the environment of its processes
@@ -147,9 +148,10 @@ def _count(name: str, text: str) -> int:
 def duration(name: str, text: str) -> float:
     """Seconds, from text such as `30d`. Raises BadSetting that names the setting."""
     match = re.fullmatch(r"(\d{1,9})(ms|s|m|h|d)", text)
-    if match is None or int(match[1]) == 0:
-        raise BadSetting(f"{name} must be a duration like 500ms, 5s, 2m, 5h or 30d, not {text!r}")
-    return int(match[1]) * DURATIONS[match[2]]
+    seconds = int(match[1]) * DURATIONS[match[2]] if match else 0
+    if not 0 < seconds <= LONGEST:
+        raise BadSetting(f"{name} must be a duration like 500ms, 5s, 2m, 5h or 30d, up to 36500d, not {text!r}")
+    return seconds
 
 
 def _retention(text: str) -> float | None:

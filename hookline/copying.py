@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peewee import BooleanField, Database, IntegrityError, Model, __exception_wrapper__  # type: ignore[attr-defined]
+from peewee import BooleanField, Database, DatabaseError, IntegrityError, Model
+from peewee import __exception_wrapper__ as in_peewees_words  # type: ignore[attr-defined]
 
 import models
 from hookline import schema
-from hookline.database import connected, is_postgres
-from hookline.errors import Conflict, Invalid
+from hookline.database import alone, connected, is_postgres
+from hookline.errors import Conflict, Invalid, Unavailable
+from hookline.failures import SENTENCES, error_name, is_lost, reason
 from models import UtcField, read_time, stored_time
 
 ADVISORY_LOCK = 0x686F6F6B636F7079  # "hookcopy", on PostgreSQL
 BATCH = 2000  # rows in one transaction
+LARGE_BATCH = 200  # of a table whose rows may be as long as MAX_PAYLOAD
 NOTES = schema.UNFINISHED_COPY
 
 Progress = Callable[[str, int, int], None]  # what is done, rows, of how many
@@ -60,18 +64,30 @@ class Table(NamedTuple):
             tuple(place for place, field in enumerate(fields) if isinstance(field, BooleanField)),
         )
 
+    @property
+    def batch(self) -> int:
+        return LARGE_BATCH if "payload" in self.columns else BATCH
+
     def canonical(self, row: Sequence[Any]) -> Row:
-        """The same values from either database: times as text, booleans as such."""
+        """The same values from either database: times as text, booleans as such. Raises Invalid for what is neither."""
         values = list(row)
         for place in self.times:
-            moment = read_time(values[place])
-            values[place] = None if moment is None else stored_time(moment)
+            try:
+                moment = read_time(values[place])
+                values[place] = None if moment is None else stored_time(moment)
+            except (ValueError, TypeError, OverflowError):
+                raise Invalid(f"{self.name_of(row)}: {self.columns[place]} is not a time") from None
         for place in self.booleans:
             values[place] = None if values[place] is None else bool(values[place])
+        if unusable := next((place for place, value in enumerate(values) if isinstance(value, bytes)), None):
+            raise Invalid(f"{self.name_of(row)}: {self.columns[unusable]} is not text")
         return tuple(values)
 
-    def key_of(self, row: Row) -> list[Any]:
+    def key_of(self, row: Sequence[Any]) -> list[Any]:
         return [row[self.columns.index(name)] for name in self.key]
+
+    def name_of(self, row: Sequence[Any]) -> str:
+        return f"{self.name} {' '.join(map(str, self.key_of(row)))}"
 
 
 TABLES = [Table.of(model) for model in models.TABLES]  # what others point at comes first
@@ -80,15 +96,14 @@ TABLES = [Table.of(model) for model in models.TABLES]  # what others point at co
 def plan(source: Database, target: Database | None, overwrite: bool = False) -> tuple[dict[str, int], str]:
     """The rows of each table of the source, and what would be done with the target (None: it is not there yet).
 
-    Changes nothing. Raises Conflict where `copy` would refuse, Unavailable.
+    Changes nothing. Raises Conflict where `copy` would refuse, Invalid, Unavailable.
     """
     with connected(source):
-        schema.require_current(source)
+        _require_migrated(source)
         rows = {table.name: count(source, table) for table in TABLES}
     if target is None:
         return rows, "create and migrate the target"
-    _refuse_same(source, target)
-    with connected(target):
+    with connected(source), connected(target), alone_on(source, target):
         return rows, _intent(source, target, overwrite)
 
 
@@ -102,28 +117,31 @@ def copy(
 ) -> list[Compared]:
     """Copy every row, or go on with a copy that was interrupted; returns the comparison of each table.
 
-    Raises Conflict if the target is not empty (unless `overwrite`), is not migrated, or differs at the end because the
-    source was written to meanwhile; Invalid for what the target cannot store; Unavailable.
+    Raises Conflict if the target is not empty (unless `overwrite`), is in use, or differs at the end because the source
+    was written to meanwhile; Invalid for what the target cannot store; Unavailable: run again, it goes on.
     """
-    with connected(source), connected(target), alone(source, target):
-        _, intent = plan(source, target, overwrite)
-        if intent == MIGRATE:
+    try:
+        if plan(source, target, overwrite)[1] == MIGRATE:
             schema.up(target)
-        with snapshot(source):
-            if intent != GO_ON:
+        with connected(source), connected(target), alone_on(source, target), snapshot(source):
+            if _intent(source, target, overwrite) != GO_ON:
                 _begin(source, target)
-            try:
-                for table in TABLES:
-                    _copy_table(source, target, table, batch, progress)
-            except IntegrityError as exc:
-                raise Conflict(f"what is there does not fit what comes: {WRITTEN_TO}") from exc
-            _keep_ids_unique(source, target)
-            compared = [_compare(source, target, table, batch, progress) for table in TABLES]
-        if different := [one.table for one in compared if not one.same]:
-            raise Conflict(f"the copy differs in {', '.join(different)}: {WRITTEN_TO}")
-        target.execute_sql(f"DROP TABLE {NOTES}")
-        if is_postgres(target):
-            target.execute_sql(f"ANALYZE {', '.join(table.name for table in TABLES)}")
+            return _copy_and_compare(source, target, batch, progress)
+    except Unavailable as exc:
+        why = reason(exc.__cause__ or exc)
+        raise Unavailable(f"the copy was interrupted: {why}. Run it again, and it goes on") from exc
+
+
+def _copy_and_compare(source: Database, target: Database, batch: int, progress: Progress) -> list[Compared]:
+    for table in TABLES:
+        _copy_table(source, target, table, min(batch, table.batch), progress)
+    _keep_ids_unique(source, target)
+    compared = [_compare(source, target, table, min(batch, table.batch), progress) for table in TABLES]
+    if different := [one.table for one in compared if not one.same]:
+        raise Conflict(f"the copy differs in {', '.join(different)}: {WRITTEN_TO}")
+    target.execute_sql(f"DROP TABLE {NOTES}")
+    if is_postgres(target):
+        target.execute_sql(f"ANALYZE {', '.join(table.name for table in TABLES)}")
     return compared
 
 
@@ -131,25 +149,35 @@ WRITTEN_TO = (
     "the source was written to meanwhile, or the target. Stop what writes to them, and run it again with --overwrite"
 )
 GO_ON = "go on with the copy that was interrupted"
-MIGRATE = "migrate the target, which is empty"
+MIGRATE = "migrate the target, which has none of our tables"
 FILL = "fill the target's empty tables"
 OVERWRITE = "delete all rows of the target first"
+
+
+def _require_migrated(source: Database) -> None:
+    try:
+        schema.require_current(source)
+    except Conflict as exc:
+        raise Conflict(f"--from cannot be read: {exc}, with DATABASE_URL set to it") from exc
 
 
 def _intent(source: Database, target: Database, overwrite: bool) -> str:
     """What to do with the target as it is. Raises Conflict."""
     there = set(target.get_tables())
-    ours = [table for table in TABLES if table.name in there]
+    ours = [table.name for table in TABLES if table.name in there]
     if not ours:
         return MIGRATE
-    if len(ours) < len(TABLES) or schema.pending(target):
-        raise Conflict("the target is migrated in part: run  python manage.py migrate up  on it first")
+    if pending := schema.pending(target):
+        if len(pending) == len(schema.status(target)):
+            raise Conflict(f"the target has tables of another program: {', '.join(ours)}. Use an empty database")
+        up = "python manage.py migrate up, with DATABASE_URL set to it"
+        raise Conflict(f"the target needs migrating ({', '.join(pending)}): run  {up}")
     if NOTES in there and not overwrite:
         begun = target.execute_sql(f"SELECT source FROM {NOTES} LIMIT 1").fetchone()
         if begun == (identity(source),):
             return GO_ON
         raise Conflict("the target holds an unfinished copy of another source: use --overwrite to begin anew")
-    rows = {table.name: count(target, table) for table in ours}
+    rows = {table.name: count(target, table) for table in TABLES}
     if not any(rows.values()):
         return FILL
     if not overwrite:
@@ -180,9 +208,18 @@ def _copy_table(source: Database, target: Database, table: Table, batch: int, pr
     total = count(source, table)
     for rows in read_batches(source, table, batch, json.loads(last_key) if last_key else None):
         done += len(rows)
-        with target.atomic(), __exception_wrapper__:
-            _write(target, table, rows)
-            target.execute_sql(note, (json.dumps(table.key_of(rows[-1])), done, table.name))
+        try:
+            with target.atomic(), in_peewees_words:
+                _write(target, table, rows)
+                target.execute_sql(note, (json.dumps(table.key_of(rows[-1])), done, table.name))
+        except IntegrityError as exc:
+            problem = f"{table.name}: a row is there already, or what it belongs to is missing"
+            raise Conflict(f"{problem}; {WRITTEN_TO}") from exc
+        except DatabaseError as exc:
+            if is_lost(exc) or error_name(exc) in SENTENCES:
+                raise
+            between = f"{table.name_of(rows[0])} to {' '.join(map(str, table.key_of(rows[-1])))}"
+            raise Invalid(f"{between}: the target cannot store one of these rows: {reason(exc)}") from exc
         progress(f"copied {table.name}", done, total)
 
 
@@ -195,8 +232,7 @@ def _write(target: Database, table: Table, rows: list[Row]) -> None:
     for row in rows:
         for name, value in zip(table.columns, row, strict=True):
             if isinstance(value, str) and "\0" in value:
-                key = " ".join(map(str, table.key_of(row)))
-                raise Invalid(f"{table.name} {key}: {name} has a NUL character, which PostgreSQL cannot store")
+                raise Invalid(f"{table.name_of(row)}: {name} has a NUL character, which PostgreSQL cannot store")
     with target.cursor() as cursor, cursor.copy(f"COPY {table.name} ({columns}) FROM STDIN") as stream:
         for row in rows:
             stream.write_row(row)
@@ -244,7 +280,10 @@ def read_batches(db: Database, table: Table, size: int, after: Sequence[Any] | N
     end = f" ORDER BY {key} LIMIT {size}"
     behind = f" WHERE ({key}) > ({', '.join([db.param] * len(table.key))})"
     while True:
-        found = db.execute_sql(begin + (behind if after else "") + end, tuple(after or ())).fetchall()
+        try:
+            found = db.execute_sql(begin + (behind if after else "") + end, tuple(after or ())).fetchall()
+        except sqlite3.OperationalError as exc:  # of fetchall, so not in Peewee's clothes: a text is not UTF-8
+            raise Invalid(f"{table.name}: a text of the {size} rows behind {after or 'the first'} is broken") from exc
         if found:
             rows = [table.canonical(row) for row in found]
             after = table.key_of(rows[-1])
@@ -254,19 +293,25 @@ def read_batches(db: Database, table: Table, size: int, after: Sequence[Any] | N
 
 
 @contextmanager
-def alone(source: Database, target: Database) -> Iterator[None]:
-    """One copy at a time on a PostgreSQL, and never from a database into itself, whatever names its host has."""
+def alone_on(source: Database, target: Database) -> Iterator[None]:
+    """One copy at a time, never from a database into itself, whatever names its host has, and nobody else at work.
+
+    Raises Invalid, Conflict.
+    """
     _refuse_same(source, target)
-    try:
+    busy = "--from and --to are the same database, or another process copies or migrates one of them"
+    with ExitStack() as locks:
         for db in (source, target):
-            lock = "SELECT pg_try_advisory_lock(%s)"
-            if is_postgres(db) and not db.execute_sql(lock, (ADVISORY_LOCK,)).fetchone()[0]:
-                raise Conflict("--from and --to are the same database, or another copy is under way on one of them")
+            if is_postgres(db) or db is target:
+                locks.enter_context(alone(db, ADVISORY_LOCK, busy))
+        if is_postgres(target) and target.execute_sql(OTHERS).fetchone():
+            raise Conflict("a service, a worker or a command of Hookline is connected to the target: stop it first")
         yield
-    finally:
-        for db in (source, target):
-            if is_postgres(db):
-                db.execute_sql("SELECT pg_advisory_unlock_all()")
+
+
+OTHERS = """
+    SELECT 1 FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name = 'hookline' AND pid <> pg_backend_pid()"""
 
 
 @contextmanager
@@ -292,5 +337,7 @@ def identity(db: Database) -> str:
 
 
 def _refuse_same(source: Database, target: Database) -> None:
-    if identity(source) == identity(target):
+    files = [Path(db.database) for db in (source, target) if not is_postgres(db)]
+    one_file = len(files) == 2 and all(file.exists() for file in files) and files[0].samefile(files[1])
+    if one_file or identity(source) == identity(target):
         raise Invalid("--from and --to are the same database")

@@ -1,17 +1,19 @@
-"""Databases: opening one by its URL, this thread's connection to it, and what its failures mean.
+"""Databases: opening one by its URL, this thread's connection to it, its transaction, and who is alone on it.
 
-SQLite is one file; PostgreSQL is reached through psycopg 3. What differs between them is here, in `sql.py` (text of
-statements) and in `storage.py` (who runs them).
+SQLite is one file; PostgreSQL is reached through psycopg 3. What differs between them is here, in `failures.py`, in
+`sql.py` (text of statements) and in `storage.py` (who runs them).
 """
 
 from __future__ import annotations
 
 import heapq
+import logging
+import os
 import select
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,17 @@ from peewee import (
     Database,
     DatabaseError,
     IntegrityError,
-    InterfaceError,
-    InternalError,
-    OperationalError,
     PostgresqlDatabase,
     Psycopg3Adapter,
 )
 from playhouse.pool import MaxConnectionsExceeded, PoolConnection, PooledPostgresqlDatabase, PooledSqliteDatabase
 
-from hookline.errors import Invalid, Unavailable
+from hookline.errors import Conflict, Invalid, Unavailable
+from hookline.failures import FAILURES, OF_OPERATORS, PASSING, error_name, reason, sentence_for
+
+log = logging.getLogger("hookline")
 
 POSTGRES_SCHEMES = ("postgresql://", "postgres://")
-FAILURES = (OperationalError, InterfaceError, InternalError)
 BUSY_TIMEOUT = 30  # seconds that a writer waits for another process, an import of a million webhooks included
 POOL_SIZE = 8  # connections of one process to PostgreSQL
 STATEMENT_TIMEOUT = 30  # seconds, on PostgreSQL
@@ -208,13 +209,6 @@ def require_reachable(db: Database) -> None:
         db.close()
 
 
-def reason(exc: BaseException) -> str:
-    """What the driver says of a failure, in one line, without its hints."""
-    lines = [line.strip() for line in str(getattr(exc, "orig", None) or exc).splitlines()]
-    hints = ("DETAIL:", "HINT:", "LINE ", "^", "Is the server running")
-    return " ".join(line for line in lines if line and not line.startswith(hints))
-
-
 _thread = threading.local()  # `unit_of`: the database of which this thread runs a unit of work of ours
 
 
@@ -281,51 +275,52 @@ def in_unit(db: Database) -> bool:
     return getattr(_thread, "unit_of", None) is db
 
 
-BUSY = "the database is busy; nothing was stored, try again"
-SENTENCES = {
-    "SQLITE_FULL": "the disk is full; nothing was stored",
-    "SQLITE_BUSY": BUSY,
-    "SQLITE_READONLY": "the database is read-only; nothing was stored",
-    "53100": "the disk is full; nothing was stored",  # SQLSTATEs of PostgreSQL from here on
-    "25006": "the database is read-only; nothing was stored",
-    "42501": "the database role lacks a right that it needs; nothing was stored",
-    "23503": BUSY,  # foreign_key_violation: what it points at has just been deleted
-    "40001": BUSY,  # serialization_failure
-    "40P01": BUSY,  # deadlock_detected
-    "55P03": BUSY,  # lock_not_available
-    "57014": BUSY,  # query_canceled, by the time-out of statements
-}
-OF_OPERATORS = frozenset({"42501"})  # failures that Peewee takes for the programmer's
-PASSING = frozenset({"40001", "40P01", "23503"})  # a concurrent change was in the way: also a webhook just deleted
+@contextmanager
+def alone(db: Database, lock: int, busy: str = "") -> Iterator[None]:
+    """One process at a time, on one database: others wait, and say so, or raise Conflict if `busy` has a sentence.
 
-
-def sentence_for(exc: BaseException) -> str:
-    """Why the database could not do it, without SQL, paths or hosts."""
-    return SENTENCES.get(error_name(exc), "the database is unavailable; nothing was stored, try again")
-
-
-def error_name(exc: BaseException) -> str:
-    """SQLite's primary name of an error, such as SQLITE_FULL, or PostgreSQL's SQLSTATE, along the chain of causes.
-
-    '' if there is none.
+    `lock` is the number of an advisory lock of PostgreSQL. SQLite's lock is on the folder: no lock file is left behind.
     """
-    seen: BaseException | None = exc
-    name = ""
-    while seen is not None:
-        found = getattr(seen, "sqlite_errorname", None) or getattr(getattr(seen, "orig", None), "sqlite_errorname", "")
-        if found and found != "SQLITE_ERROR":
-            name = "_".join(found.split("_")[:2])
-        name = name or getattr(seen, "sqlstate", None) or ""
-        seen = seen.__cause__ or seen.__context__
-    return name
+    take, give_back = _advisory_lock(db, lock) if is_postgres(db) else _folder_lock(db)
+    if not take(False):
+        if busy:
+            raise Conflict(busy)
+        log.warning("waiting for another process that works on this database")
+        take(True)
+    try:
+        yield
+    finally:
+        give_back()
 
 
-def is_lost(exc: BaseException) -> bool:
-    """Did PostgreSQL go away, or end this connection?"""
-    name = error_name(exc)
-    seen: BaseException | None = exc
-    while seen is not None:
-        if isinstance(seen, OperationalError | InterfaceError):
-            return not name or name.startswith(("08", "57P"))
-        seen = seen.__cause__ or seen.__context__
-    return False
+def _advisory_lock(db: Database, lock: int) -> tuple[Callable[[bool], bool], Callable[[], None]]:
+    def take(wait: bool) -> bool:
+        if not wait:
+            return bool(db.execute_sql("SELECT pg_try_advisory_lock(%s)", (lock,)).fetchone()[0])
+        db.execute_sql("SELECT set_config('lock_timeout', '0', false)")
+        db.execute_sql("SELECT pg_advisory_lock(%s)", (lock,))
+        db.execute_sql("SELECT set_config('lock_timeout', %s, false)", (SESSION["lock_timeout"],))
+        return True
+
+    def give_back() -> None:
+        with suppress(*FAILURES):  # a connection that was lost has given it back
+            db.execute_sql("SELECT pg_advisory_unlock(%s)", (lock,))
+
+    return take, give_back
+
+
+def _folder_lock(db: Database) -> tuple[Callable[[bool], bool], Callable[[], None]]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two at once collide, harmlessly
+        return lambda wait: True, lambda: None
+    folder = os.open(Path(db.database).resolve().parent, os.O_RDONLY)
+
+    def take(wait: bool) -> bool:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    return take, lambda: os.close(folder)

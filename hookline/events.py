@@ -22,8 +22,9 @@ from uuid_utils import uuid7
 
 import models
 from hookline import clock, notices, sql
-from hookline.database import in_unit, reason, transaction
+from hookline.database import in_unit, transaction
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
+from hookline.failures import reason
 from models import IN_ORDER, read_time, stored_time
 
 log = logging.getLogger("hookline")

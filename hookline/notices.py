@@ -14,7 +14,8 @@ from typing import Any
 
 from peewee import Database
 
-from hookline.database import FAILURES, is_postgres, reason
+from hookline.database import is_postgres
+from hookline.failures import FAILURES, reason
 
 log = logging.getLogger("hookline")
 

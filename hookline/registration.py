@@ -11,6 +11,7 @@ from hookline.errors import Invalid
 
 MIN_SECRET = 16  # characters
 MAX_EVENTS = 1000  # event types of one webhook
+MAX_NAME = 200  # characters of an event type or a team: three names fit into an index of PostgreSQL
 
 
 class Registration(NamedTuple):
@@ -37,8 +38,11 @@ def check(url: str, events: Sequence[str], secret: str | None, team: str | None)
         raise Invalid(f"events must be a list of at most {MAX_EVENTS} event types")
     if not all(isinstance(event, str) for event in events):
         raise Invalid("events must be a list of strings")
-    for name, text in (("url", url), ("team", team), *(("events", event) for event in events)):
+    for name, text in (("team", team), *(("events", event) for event in events)):
         check_text(name, text)
+        if len(text or "") > MAX_NAME:
+            raise Invalid(f"{name} must not be longer than {MAX_NAME} characters")
+    check_text("url", url)
     if secret is not None:
         check_secret(secret)
 

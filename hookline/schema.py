@@ -6,9 +6,7 @@ runner leaves to its caller.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -17,8 +15,9 @@ from playhouse.migrations import Runner
 from playhouse.schema_diff import diff_models
 
 import models
-from hookline.database import LOCK_TIMEOUT, connected, is_postgres
-from hookline.errors import Conflict, HooklineError, Invalid
+from hookline.database import alone, connected, is_postgres
+from hookline.errors import Conflict, HooklineError, Invalid, Unavailable
+from hookline.failures import LOCKED, error_name, reason
 
 ADVISORY_LOCK = 0x686F6F6B6C696E65  # "hookline"; one lock of a PostgreSQL database, for migrations
 UNFINISHED_COPY = "hookline_copy"  # a table that is there while one goes on
@@ -45,17 +44,25 @@ def require_current(db: Database, directory: Path = DIRECTORY) -> None:
         raise Conflict(f"the database needs migrating ({', '.join(names)}): run  python manage.py migrate up")
 
 
+def require_usable(db: Database) -> None:
+    """Raises Conflict as `require_current` does, and Unavailable if the database takes no writes, as a replica."""
+    with connected(db):
+        if is_postgres(db) and db.execute_sql("SHOW transaction_read_only").fetchone()[0] == "on":
+            raise Unavailable("the database is read-only")
+        require_current(db)
+
+
 def up(db: Database, target: str | None = None, directory: Path = DIRECTORY) -> list[str]:
     """Apply what is pending, each migration in its own transaction; returns the names applied.
 
     Raises Invalid if one fails: it is rolled back, those before it stay.
     """
-    return _run(db, directory, lambda runner: runner.up(target))
+    return _run(db, directory, target, lambda runner: runner.up(target))
 
 
 def down(db: Database, target: str | None = None, directory: Path = DIRECTORY) -> list[str]:
     """Revert the newest migration, or all back through `target`; returns the names reverted. Raises Invalid."""
-    return _run(db, directory, lambda runner: runner.down(target))
+    return _run(db, directory, target, lambda runner: runner.down(target))
 
 
 def create(db: Database, name: str, directory: Path = DIRECTORY) -> Path:
@@ -70,16 +77,19 @@ def diff(db: Database) -> str:
     return str(found) if found else ""
 
 
-def _run(db: Database, directory: Path, action: Callable[[Runner], list[str]]) -> list[str]:
+def _run(db: Database, directory: Path, target: str | None, action: Callable[[Runner], list[str]]) -> list[str]:
     runner = Runner(db, str(directory))
-    with connected(db), _alone(db):
+    if target is not None and not (directory / f"{target}.py").exists():
+        raise Invalid(f"there is no migration {target}: see  python manage.py migrate status")
+    with connected(db), alone(db, ADVISORY_LOCK):
         try:
             names = action(runner)
         except HooklineError:
             raise
         except Exception as exc:  # a script may raise anything
             _forget_empty_history(runner)
-            raise Invalid(f"migration failed, and was rolled back: {exc}") from exc
+            held = ": something else uses these tables, try again" if error_name(exc) == LOCKED else ""
+            raise Invalid(f"migration failed, and was rolled back: {reason(exc)}{held}") from exc
         _check_foreign_keys(db)
     return names
 
@@ -96,28 +106,3 @@ def _check_foreign_keys(db: Database) -> None:
     broken = db.execute_sql("PRAGMA foreign_key_check").fetchall()
     if broken:
         raise Invalid(f"{len(broken)} rows point at rows that are gone, the first in the table {broken[0][0]}")
-
-
-@contextmanager
-def _alone(db: Database) -> Iterator[None]:
-    """One migrating process at a time. SQLite's lock is on the folder, so that no lock file is left behind."""
-    if is_postgres(db):
-        db.execute_sql("SELECT set_config('lock_timeout', '0', false)")  # to wait for the one that migrates
-        db.execute_sql("SELECT pg_advisory_lock(%s)", (ADVISORY_LOCK,))
-        db.execute_sql("SELECT set_config('lock_timeout', %s, false)", (f"{LOCK_TIMEOUT}s",))
-        try:
-            yield
-        finally:
-            db.execute_sql("SELECT pg_advisory_unlock(%s)", (ADVISORY_LOCK,))
-        return
-    try:
-        import fcntl
-    except ImportError:  # Windows: two at once collide, harmlessly
-        yield
-        return
-    folder = os.open(Path(db.database).resolve().parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)

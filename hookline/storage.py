@@ -23,25 +23,15 @@ import anyio.to_thread
 from peewee import Database
 
 from hookline import notices
-from hookline.database import (
-    PASSING,
-    POOL_SIZE,
-    Unreachable,
-    connected,
-    error_name,
-    is_lost,
-    is_postgres,
-    sentence_for,
-    unit,
-)
+from hookline.database import POOL_SIZE, Unreachable, connected, is_postgres, unit
 from hookline.errors import Unavailable
+from hookline.failures import LOCKED, PASSING, error_name, is_lost, sentence_for
 from hookline.notices import Notices
 
 T = TypeVar("T")
 
 GROUP_LIMIT = 500  # writes in one commit
 GROUP_LOCK_TIMEOUT = 1  # seconds, on PostgreSQL
-LOCKED = "55P03"  # PostgreSQL's SQLSTATE of a lock that was not to be had
 PAUSE = 0.02  # seconds between tries, at most
 TRIES = 3  # of a write that something passing was in the way of, on PostgreSQL
 STOPPING = "the service is stopping; nothing was stored"

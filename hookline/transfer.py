@@ -22,7 +22,7 @@ from hookline.database import connected, transaction
 from hookline.egress import Network, literal_refusal
 from hookline.errors import Invalid
 from hookline.files import back_up, replace_file
-from hookline.registration import check_text
+from hookline.registration import MAX_NAME, check_text
 from models import read_time, stored_time
 
 FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()  # noqa: SIM905
@@ -242,10 +242,14 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
         problems.append("url: " + ("not an http or https URL" if "url" in entry else "missing"))
     if not isinstance(events, list) or not all([isinstance(event, str) for event in events]):
         problems.append("events: " + ("not a list of strings" if "events" in entry else "missing"))
+    elif events and max(map(len, events)) > MAX_NAME:
+        problems.append(f"events: one has more than {MAX_NAME} characters")
     if not isinstance(secret, str) or not secret:
         problems.append("secret: " + ("not a string, or empty" if "secret" in entry else "missing"))
     if team is not None and not isinstance(team, str):
         problems.append("team: neither a string nor null")
+    elif team and len(team) > MAX_NAME:
+        problems.append(f"team: more than {MAX_NAME} characters")
     if problems:
         return {}
     texts = {"url": url, "secret": secret, "team": team or "", "events": "".join(events)}

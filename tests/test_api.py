@@ -95,6 +95,8 @@ def test_a_query_that_makes_no_sense_is_refused_by_name(server: Server, query: s
         registration(url="http://example.com/\0"),
         registration(team="n\0e"),
         registration(events=["a\0"]),
+        registration(events=["a" * 201]),
+        registration(team="a" * 201),
         registration(events="game_started"),
         registration(secret=f"{SECRET}\0"),
         registration(secret=[SECRET]),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
+from peewee import Database
 
 from hookline import signing
-from tests.conftest import ROOT, SECRET, environment, manage, only_sqlite, running
-from tests.databases import Place, free_port
+from tests.conftest import ROOT, SECRET, environment, manage, only_postgres, only_sqlite, running
+from tests.databases import Place, execute, free_port
 from tests.receiver import Receiver
 
 LOOPBACK = "127.0.0.0/8"
@@ -104,3 +107,72 @@ def test_an_import_warns_of_addresses_that_the_guard_refuses(place: Place) -> No
     assert "one: it will not be delivered to: 192.168.1.5" in warned.stderr
     assert "ALLOWED_NETWORKS" in warned.stderr
     assert manage(place, "import", str(file), ALLOWED_NETWORKS="192.168.0.0/16").stderr == ""
+
+
+COMMANDS = [
+    ("migrate", "status"),
+    ("migrate", "down"),
+    ("purge",),
+    ("export", "x.json"),
+    ("publish", "a", "{}"),
+    ("worker",),
+]
+
+
+@only_postgres
+def test_a_role_that_lacks_rights_is_told_so_in_one_line(place: Place) -> None:
+    role = f"stranger_{uuid.uuid4().hex}"
+    execute(place.url, f"CREATE ROLE {role} LOGIN PASSWORD 'hush'")
+    try:
+        head, _, address = place.url.partition("://")
+        stranger = Place(f"{head}://{role}:hush@{address.rpartition('@')[2]}", place.folder)
+        done = [manage(stranger, *command) for command in COMMANDS]
+        done.append(manage(stranger, "copy", "--from", stranger.url, "--to", f"sqlite:///{place.folder}/to.db"))
+        command = [sys.executable, str(ROOT / "app.py")]
+        env = environment(DATABASE_URL=stranger.url)
+        done.append(subprocess.run(command, env=env, cwd=place.folder, capture_output=True, text=True, timeout=60))
+        for one in done:
+            assert one.returncode == 1
+            assert "lacks a right" in one.stderr
+            assert one.stderr.count("\n") == 1
+    finally:
+        execute(place.url, f"DROP ROLE {role}")
+
+
+@only_sqlite
+def test_a_file_that_is_no_database_is_named_in_one_line(empty: Place) -> None:
+    empty.file.write_bytes(b"not a database, but long enough to have a header " * 99)
+    command = [sys.executable, str(ROOT / "app.py")]
+    env = environment(DATABASE_URL=empty.url)
+    done = [manage(empty, *command) for command in COMMANDS]
+    done.append(subprocess.run(command, env=env, cwd=empty.folder, capture_output=True, text=True, timeout=60))
+    for one in done:
+        assert one.returncode == 1
+        assert f"{empty.file} cannot be opened: file is not a database" in one.stderr
+        assert one.stderr.count("\n") == 1
+
+
+def test_ctrl_c_in_the_middle_of_a_progress_bar_gives_the_cursor_back(place: Place, db: Database) -> None:
+    values = ", ".join([db.param] * 4)
+    with db.connection_context(), db.atomic():
+        rows = [(f"evt_{number}", "a", "{}", "2020-01-01T00:00:00.000000Z") for number in range(30_000)]
+        insert = f"INSERT INTO events (event_id, event_type, payload, created_at) VALUES ({values})"
+        db.cursor().executemany(insert, rows)
+    ours, theirs = os.openpty()
+    command = [sys.executable, str(ROOT / "manage.py"), "purge"]
+    env = environment(DATABASE_URL=place.url)
+    process = subprocess.Popen(command, env=env, cwd=place.folder, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    printed = os.read(ours, 4096)
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # the end of what a terminal was told
+        while more := os.read(ours, 4096):
+            printed += more
+    os.close(ours)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"Aborted!" in printed
+    assert printed.rindex(SHOWN) > printed.rindex(HIDDEN)
+
+
+HIDDEN, SHOWN = b"\x1b[?25l", b"\x1b[?25h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from peewee import Database
 import models
 from hookline import WebhookManager, copying, deliveries, events, schema
 from hookline.database import open_database
-from hookline.errors import Conflict, Invalid
+from hookline.errors import Conflict, Invalid, Unavailable
 from models import Attempt, Delivery, Event, Lane, Webhook
 from tests import databases
-from tests.conftest import DATA, ROOT, SECRET, environment, manage
+from tests.conftest import DATA, ROOT, SECRET, environment, manage, running
 from tests.databases import Place, execute
 
 PAIRS = [("sqlite", "postgres"), ("postgres", "sqlite"), ("sqlite", "sqlite"), ("postgres", "postgres")]
@@ -121,7 +122,7 @@ def test_json_to_sqlite_to_postgres_and_back_to_json_is_the_same(tmp_path: Path)
         assert manage(source, "import", str(file)).returncode == 0
         done = manage(source, "copy", "--from", source.url, "--to", target.url)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "to do: migrate the target, which is empty, and copy" in done.stdout
+        assert "to do: migrate the target, which has none of our tables, and copy" in done.stdout
         assert done.stdout.count("  same\n") == len(copying.TABLES)
         assert manage(target, "export", str(back)).returncode == 0
         assert json.loads(back.read_text()) == json.loads(file.read_text())
@@ -263,13 +264,113 @@ def test_a_text_that_postgres_cannot_hold_is_named(tmp_path: Path) -> None:
 
 
 def test_a_database_is_never_copied_into_itself(tmp_path: Path) -> None:
-    with two("sqlite", "postgres", tmp_path) as (sqlite, postgres):
+    with two("sqlite", "postgres", tmp_path) as (sqlite, postgres), opened(sqlite, postgres) as databases_:
+        for db in databases_:
+            WebhookManager(db=db).register("http://example.com/", ["a"], SECRET)
+        os.link(sqlite.file, tmp_path / "link.db")
+        os.symlink(sqlite.file, tmp_path / "symlink.db")
+        others = [(sqlite.url, f"sqlite:///{tmp_path}/{name}.db") for name in ("link", "symlink")]
         alias = postgres.url.replace("127.0.0.1", "localhost")
-        for source, target in ((sqlite.url, sqlite.url), (postgres.url, postgres.url), (postgres.url, alias)):
-            done = manage(sqlite, "copy", "--from", source, "--to", target, "--overwrite")
-            assert done.returncode == 1
-            assert "same database" in done.stderr
-            assert "Traceback" not in done.stderr
+        for source, target in ((sqlite.url, sqlite.url), *others, (postgres.url, postgres.url), (postgres.url, alias)):
+            for more in ((), ("--dry-run",)):
+                done = manage(sqlite, "copy", "--from", source, "--to", target, "--overwrite", *more)
+                assert done.returncode == 1
+                assert "same database" in done.stderr
+                assert "Traceback" not in done.stderr
+        assert [len(WebhookManager(db=db).webhooks) for db in databases_] == [1, 1]
+
+
+def test_a_target_that_somebody_uses_is_refused(tmp_path: Path) -> None:
+    with two("sqlite", "postgres", tmp_path) as places, opened(*places) as (source, target):
+        fill(source)
+        with running(places[1], RUN_WORKER="false"), pytest.raises(Conflict, match="connected to the target: stop it"):
+            copying.copy(source, target)
+        assert not any(contents(target).values())
+
+
+@pytest.mark.parametrize("backend", databases.BACKENDS)
+def test_two_copies_at_once_are_refused_and_the_first_is_whole(tmp_path: Path, backend: str) -> None:
+    with two("sqlite", backend, tmp_path) as places, opened(*places) as (source, target):
+        fill(source)
+        second: list[subprocess.CompletedProcess[str]] = []
+
+        def try_another(what: str, done: int, total: int) -> None:
+            if not second:
+                second.append(manage(places[0], "copy", "--from", places[0].url, "--to", places[1].url))
+
+        copying.copy(source, target, progress=try_another)
+        assert second[0].returncode == 1
+        assert "another process copies" in second[0].stderr
+        assert contents(target) == contents(source)
+
+
+@pytest.mark.parametrize("backend", databases.BACKENDS)
+def test_tables_of_another_program_are_named_and_left_alone(tmp_path: Path, backend: str) -> None:
+    with two("sqlite", backend, tmp_path, empty=True) as places, opened(*places) as (source, target):
+        with target.connection_context():
+            target.execute_sql("CREATE TABLE events (mine integer)")
+        with pytest.raises(Conflict, match=r"tables of another program: events. Use an empty database"):
+            copying.copy(source, target, overwrite=True)
+        with target.connection_context():
+            assert target.get_tables() == ["events"]
+
+
+def test_a_source_that_is_not_migrated_is_named(tmp_path: Path) -> None:
+    with two("sqlite", "sqlite", tmp_path) as (source, target):
+        source.file.write_bytes((DATA / "webhooks.db").read_bytes())
+        done = manage(target, "copy", "--from", source.url, "--to", target.url, "--dry-run")
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+        assert "--from cannot be read: the database needs migrating" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ("UPDATE events SET payload = x'ff'", r"events evt_\S+: payload is not text"),
+        ("UPDATE events SET payload = CAST(x'ff' AS TEXT)", "events: a text of the .* rows behind the first is broken"),
+        ("UPDATE deliveries SET attempts = 'many'", "deliveries 1 to .*cannot store one of these rows: .*many"),
+        ("UPDATE deliveries SET attempts = 99999999999", "deliveries 1 to .*cannot store one of these rows"),
+        ("UPDATE webhooks SET created_at = 'yesterday'", "webhooks .*: created_at is not a time"),
+        ("UPDATE webhooks SET created_at = '0001-01-01T00:00:00+02:00'", "webhooks .*: created_at is not a time"),
+        (f"UPDATE webhooks SET team = '{os.urandom(4000).hex()}'", "webhooks .*cannot store one of these rows"),
+    ],
+)
+def test_what_another_program_has_spoilt_is_named(tmp_path: Path, damage: str, named: str) -> None:
+    with two("sqlite", "postgres", tmp_path) as places, opened(*places) as (source, target):
+        fill(source)
+        with source.connection_context():
+            source.execute_sql(damage)
+        with pytest.raises(Invalid, match=named):
+            copying.copy(source, target)
+
+
+def test_what_belongs_to_nothing_is_named(tmp_path: Path) -> None:
+    with two("sqlite", "postgres", tmp_path) as places, opened(*places) as (source, target):
+        fill(source)
+        with source.connection_context():
+            source.execute_sql("PRAGMA foreign_keys = 0")
+            source.execute_sql("DELETE FROM webhooks")
+            source.execute_sql("PRAGMA foreign_keys = 1")
+        with pytest.raises(Conflict, match=r"subscriptions: .*what it belongs to is missing"):
+            copying.copy(source, target)
+
+
+def test_a_copy_whose_server_goes_away_says_that_it_goes_on(tmp_path: Path) -> None:
+    with two("sqlite", "postgres", tmp_path) as places, opened(*places) as (source, target):
+        WebhookManager(db=source).register("http://example.com/", ["goal"], SECRET)
+        events.publish_all(source, [events.NewEvent("goal", {"n": n}) for n in range(MANY)])
+        ended: list[str] = []
+
+        def end(what: str, done: int, total: int) -> None:
+            if what == "copied deliveries" and not ended:
+                ended.append(what)
+                others = "datname = current_database() AND pid <> pg_backend_pid()"
+                execute(places[1].url, f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {others}")
+
+        with pytest.raises(Unavailable, match=r"interrupted: .*Run it again, and it goes on"):
+            copying.copy(source, target, batch=500, progress=end)
+        copying.copy(source, target)
+        assert contents(target) == contents(source)
 
 
 def test_wrong_urls_are_one_line_without_the_password(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, schema
-from hookline.database import open_database
+from hookline import WebhookManager, database, schema
+from hookline.database import alone, open_database
 from hookline.errors import Invalid
 from models import Subscription
-from tests.conftest import DATA, ROOT, SECRET, environment, manage, only_sqlite
+from tests.conftest import DATA, ROOT, SECRET, environment, manage, only_postgres, only_sqlite
 from tests.databases import Place
 
 LEGACY = (
@@ -69,20 +69,19 @@ def scripts(folder: Path, **more: str) -> Path:
 
 
 def test_the_commands_tell_what_they_did(empty: Place) -> None:
-    database = empty
-    assert "0001_webhooks  pending" in manage(database, "migrate", "status").stdout
-    assert manage(database, "migrate", "diff").returncode == 1
-    assert manage(database, "migrate", "up").stdout == APPLIED
-    assert manage(database, "migrate", "up").stdout == "nothing to apply\n"
-    assert "0001_webhooks  applied 2" in manage(database, "migrate", "status").stdout
-    agreed = manage(database, "migrate", "diff")
+    assert "0001_webhooks  pending" in manage(empty, "migrate", "status").stdout
+    assert manage(empty, "migrate", "diff").returncode == 1
+    assert manage(empty, "migrate", "up").stdout == APPLIED
+    assert manage(empty, "migrate", "up").stdout == "nothing to apply\n"
+    assert "0001_webhooks  applied 2" in manage(empty, "migrate", "status").stdout
+    agreed = manage(empty, "migrate", "diff")
     assert (agreed.returncode, agreed.stdout) == (0, "the database matches the models\n")
-    assert manage(database, "migrate", "down").stdout == f"reverted {NAMES[-1]}\n"
-    assert manage(database, "migrate", "down", "0001_webhooks").stdout == REVERTED.partition("\n")[2]
-    assert manage(database, "migrate", "down").stdout == "nothing to revert\n"
-    wrong = manage(database, "migrate", "up", "0009_nothing")
+    assert manage(empty, "migrate", "down").stdout == f"reverted {NAMES[-1]}\n"
+    assert manage(empty, "migrate", "down", "0001_webhooks").stdout == REVERTED.partition("\n")[2]
+    assert manage(empty, "migrate", "down").stdout == "nothing to revert\n"
+    wrong = manage(empty, "migrate", "up", "0009_nothing")
     assert wrong.returncode == 1
-    assert "0009_nothing" in wrong.stderr
+    assert "there is no migration 0009_nothing" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
 
@@ -188,6 +187,33 @@ def test_two_migrations_at_once_both_succeed(backend: str, empty: Place) -> None
         done = list(pool.map(lambda _: manage(empty, "migrate", "up"), range(4)))
     assert [one.returncode for one in done] == [0] * 4
     assert sorted(one.stdout for one in done) == [APPLIED, *["nothing to apply\n"] * 3]
+
+
+def test_who_waits_for_another_migration_is_told_so(empty: Place) -> None:
+    db = open_database(empty.url)
+    command = [sys.executable, str(ROOT / "manage.py"), "migrate", "up"]
+    env = environment(DATABASE_URL=empty.url)
+    with db.connection_context(), alone(db, schema.ADVISORY_LOCK):
+        second = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert second.stderr and second.stderr.readline() == "waiting for another process that works on this database\n"
+    assert second.communicate(timeout=60)[0] == APPLIED
+    db.close_all()  # type: ignore[attr-defined]
+
+
+@only_postgres
+def test_a_migration_beside_a_long_transaction_says_what_to_do(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(database.SESSION, "lock_timeout", "100ms")
+    directory = scripts(tmp_path, m0009_weight=REBUILD)
+    db, other = open_database(place.url), open_database(place.url)
+    with other.connection_context(), other.atomic():
+        other.execute_sql("SELECT count(*) FROM webhooks")
+        with pytest.raises(Invalid, match=r"rolled back: .*: something else uses these tables, try again"):
+            schema.up(db, directory=directory)
+    assert schema.up(db, directory=directory) == ["0009_weight"]
+    for one in (db, other):
+        one.close_all()  # type: ignore[attr-defined]
 
 
 def test_the_application_refuses_to_start_while_migrations_are_pending(empty: Place) -> None:

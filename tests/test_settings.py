@@ -68,6 +68,8 @@ def test_every_setting_is_read() -> None:
         ("DATABASE_URL", "mysql://localhost/x"),
         ("DATABASE_POOL", "0"),
         ("RETENTION", "30"),
+        ("RETENTION", "36501d"),
+        ("DISABLE_AFTER", "999999999d"),
         ("PORT", "http"),
         ("PORT", "65536"),
         ("PORT", "-1"),

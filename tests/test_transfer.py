@@ -111,6 +111,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("secret", SECRET + "\0", "x: secret"),
     ("team", 5, "x: team"),
     ("team", "\0", "x: team"),
+    ("team", "a" * 201, "x: team: more than 200 characters"),
+    ("events", ["a" * 201], "x: events: one has more than 200 characters"),
     ("created_at", "yesterday", "x: created_at"),
     ("created_at", 5, "x: created_at"),
     ("last_success", "2025-13-01T00:00:00", "x: last_success"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from web.schemas import Refused
 
 log = logging.getLogger("hookline")
 
+ANSWER_WITHIN = 5  # seconds that the database has for /ready
 STATUSES: dict[type[HooklineError], int] = {NotFound: 404, Conflict: 409, Invalid: 422, TooLarge: 413, Unavailable: 503}
 
 
@@ -26,10 +28,13 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 once requests can be served: the database answers and its schema is current, its worker beats."""
+    """200 once requests can be served: the database answers, takes writes and is migrated, the worker beats."""
     storage = request.app.state.storage
     try:
-        await storage.scan(schema.require_current, storage.db)
+        async with asyncio.timeout(ANSWER_WITHIN):
+            await storage.read(schema.require_usable, storage.db)
+    except TimeoutError:
+        return JSONResponse({"detail": f"the database does not answer within {ANSWER_WITHIN} s"}, 503)
     except (Conflict, Unavailable) as exc:
         return JSONResponse({"detail": str(exc)}, 503)
     if (problem := delivery.problem(request.app.state.worker)) is not None:

@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError, PydanticUseDefault, from_json, to
 from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
 
-from hookline.registration import MAX_EVENTS, MIN_SECRET, secret_problem
+from hookline.registration import MAX_EVENTS, MAX_NAME, MIN_SECRET, secret_problem
 from hookline.webhooks import MASK
 
 SECRET_NAMES = ("secret", "headers")  # what a 422 must not echo
@@ -74,7 +74,8 @@ Secret = Annotated[
     str, Field(min_length=MIN_SECRET, max_length=1024), AfterValidator(no_nul), AfterValidator(usable_secret)
 ]
 Seconds = Annotated[float, Field(ge=0.1, le=30 * 86400)]
-Events = Annotated[list[Text], Field(max_length=MAX_EVENTS)]
+Name = Annotated[str, Field(max_length=MAX_NAME), AfterValidator(no_nul)]
+Events = Annotated[list[Name], Field(max_length=MAX_EVENTS)]
 Description = Annotated[str, Field(max_length=1000), AfterValidator(no_nul)]
 Headers = Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=20)]
 
@@ -115,7 +116,7 @@ class Registration(BaseModel):
     url: Url
     events: Events
     secret: Secret
-    team: Text | None = None
+    team: Name | None = None
     sport: str = Field("nfl", pattern="^(nfl|nhl)$")
 
 
@@ -141,7 +142,7 @@ class NewWebhook(WebhookFields):
     url: Url
     events: Events
     secret: Secret | None = None
-    team: Text | None = None
+    team: Name | None = None
     description: Description | None = None
     headers: Headers | None = None
 
@@ -151,7 +152,7 @@ class WebhookChanges(WebhookFields):
 
     url: Url = NOT_GIVEN
     events: Events = NOT_GIVEN
-    team: Text | None = None
+    team: Name | None = None
     description: Description | None = None
     headers: Headers | None = None
     enabled: bool = NOT_GIVEN

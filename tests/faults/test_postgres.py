@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import signal
 import time
@@ -24,6 +26,7 @@ PATIENT = QUICK | {"LEASE": "30s", "DELIVERY_TIMEOUT": "10s", "DATABASE_POOL": "
 WEB_ONLY = QUICK | {"RUN_WORKER": "false", "DATABASE_POOL": "4"}
 SMALL = QUICK | {"DATABASE_POOL": "4"}
 ENDPOINTS = 5
+OTHERS = "datname = current_database() AND pid <> pg_backend_pid()"
 
 
 @pytest.fixture
@@ -109,13 +112,12 @@ def test_one_worker_and_one_web_process_killed_under_load_lose_nothing(place: Pl
 @only_postgres
 def test_connections_ended_again_and_again_under_load_lose_nothing(place: Place, receiver: Receiver) -> None:
     acknowledged: list[str] = []
-    others = "datname = current_database() AND pid <> pg_backend_pid()"
     with running(place, **SMALL) as server, worker(place, **SMALL):
         register_endpoints(server, receiver)
         with Load(server, acknowledged) as load:
             for _ in range(8):
                 time.sleep(random.uniform(0.05, 0.3))  # the moment is what varies
-                execute(place.url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+                execute(place.url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OTHERS}")
             before = len(load.acknowledged)
             wait_until(lambda: len(load.acknowledged) > before + 20)
         wait_until_none_is_pending(server)
@@ -143,6 +145,33 @@ def test_postgres_stopped_and_started_again_under_load_loses_nothing(
         require_all_arrived(acknowledged, receiver, first)
         assert first.client.get("/ready").status_code == 200
     assert set(one.refused + other.refused) == {503}
+
+
+def test_ready_says_that_the_database_takes_no_writes_or_does_not_answer(own_server: tuple[Postgres, Place]) -> None:
+    postgres, place = own_server
+    with running(place, **SMALL) as server:
+        execute(place.url, "ALTER DATABASE hookline SET default_transaction_read_only = on")
+        execute(place.url, f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {OTHERS}")
+        wait_until(lambda: server.client.get("/ready").status_code == 503)
+        assert server.client.get("/ready").json() == {"detail": "the database is read-only"}
+        assert server.register().status_code == 503
+        execute(postgres.url, "ALTER DATABASE hookline RESET default_transaction_read_only")
+        execute(place.url, f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {OTHERS}")
+        wait_until(lambda: server.client.get("/ready").status_code == 200)
+        frozen = [pid for (pid,) in execute(postgres.url, "SELECT pid FROM pg_stat_activity")] + [postgres.process.pid]
+        try:
+            for pid in frozen:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            answer = server.client.get("/ready")
+            assert (answer.status_code, answer.json()["detail"]) == (503, "the database does not answer within 5 s")
+            assert server.client.get("/health").status_code == 200
+        finally:
+            for pid in frozen:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: server.client.get("/ready").status_code == 200)
+        assert server.register().status_code == 201
 
 
 def wait_until(condition: Any, seconds: float = 60) -> None:
