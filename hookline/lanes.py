@@ -108,12 +108,10 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
     """Lease what is due in the due lanes, at most `free` deliveries, and a fair share of each lane."""
     now, since = clock.now(), time.monotonic()
     lost = stored_time(now + timedelta(seconds=rules.lease))
-    statement = f"""
-        SELECT l.webhook_id, l.failures, w.enabled, w.ordered, w.rate_limit
-        FROM lanes l JOIN webhooks w ON w.webhook_id = l.webhook_id
-        WHERE l.due_at <= {sql.moment(db)} AND l.webhook_id NOT IN (SELECT id FROM {sql.rows(db, "id")})
-        ORDER BY l.due_at LIMIT {LANES_AT_ONCE}{sql.skip_locked(db, "l")}"""
-    due = db.execute_sql(statement, (stored_time(now), sql.ids(busy))).fetchall()
+    given = (stored_time(now), sql.ids(busy))
+    due = db.execute_sql(due_sql(db, sql.skip_locked(db, "l")), given).fetchall()
+    if not due:  # others hold all that are due, perhaps who publishes to them without pause: stand in line for one
+        due = db.execute_sql(due_sql(db, sql.locked(db, "l"), at_once=1), given).fetchall()
     leased: list[tuple[int, str]] = []
     lanes: dict[str, tuple[int, bool, str | None]] = {}
     for webhook_id, failures, enabled, ordered, rate_limit in due:
@@ -132,6 +130,14 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
         lanes[webhook_id] = (failures, exclusive, opens)
         leased += [(delivery_id, lost) for delivery_id in ids]
     return load(db, leased, since, lanes) if leased else []
+
+
+def due_sql(db: Database, lock: str, at_once: int = LANES_AT_ONCE) -> str:
+    return f"""
+        SELECT l.webhook_id, l.failures, w.enabled, w.ordered, w.rate_limit
+        FROM lanes l JOIN webhooks w ON w.webhook_id = l.webhook_id
+        WHERE l.due_at <= {sql.moment(db)} AND l.webhook_id NOT IN (SELECT id FROM {sql.rows(db, "id")})
+        ORDER BY l.due_at LIMIT {at_once}{lock}"""
 
 
 def _lease(db: Database, webhook_id: str, ordered: bool, budget: int, now: str, lost: str) -> list[int]:

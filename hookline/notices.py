@@ -71,14 +71,18 @@ class Notices:
 
     async def _listen(self) -> None:
         """Keep a connection that listens."""
+        listening = True
         while True:
             self._lost.clear()
             try:
                 await self._connect()
+                listening = True
                 self._wake()  # of what was told while nobody listened
                 await self._lost.wait()
             except Exception as exc:  # psycopg's, which is not installed everywhere
-                log.warning("not listening for notices, polling goes on: %s", reason(exc))
+                if listening:  # once, and not at every try
+                    log.warning("not listening for notices, polling goes on: %s", reason(exc))
+                listening = False
             finally:
                 self._drop()
             await asyncio.sleep(RECONNECT)

@@ -77,6 +77,11 @@ def lock_webhooks(db: Database, values: Iterable[str]) -> None:
         db.execute_sql(f"{select} ORDER BY webhook_id FOR NO KEY UPDATE", (ids(values),))
 
 
+def locked(db: Database, table: str) -> str:
+    """Lock the rows; wait for those that others hold. SQLite has one writer, so there are none."""
+    return f" FOR UPDATE OF {table}" if is_postgres(db) else ""
+
+
 def skip_locked(db: Database, table: str) -> str:
-    """Leave to others the rows that they hold. SQLite has one writer, so there are none."""
-    return f" FOR UPDATE OF {table} SKIP LOCKED" if is_postgres(db) else ""
+    """Lock the rows; leave to others those that they hold."""
+    return f"{locked(db, table)} SKIP LOCKED" if is_postgres(db) else ""

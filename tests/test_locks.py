@@ -234,6 +234,24 @@ def test_who_waits_for_a_webhook_that_is_being_deleted_holds_nothing_that_the_de
 
 
 @only_postgres
+def test_a_lane_that_others_hold_is_left_to_them_unless_none_else_is_due(
+    place: Place, db: Database, manager: WebhookManager, webhook_id: str
+) -> None:
+    """Else who publishes to a webhook without pause would keep workers from its lane."""
+    manager.send_event("goal", {})
+    with another(place) as other, ThreadPoolExecutor(1) as thread:
+        assert free_to_lock(other, "SELECT 1 FROM lanes")
+        another_webhook = manager.register("http://127.0.0.1:9/", ["other"], SECRET)
+        manager.send_event("other", {})
+        assert [job.webhook_id for job in claim(db)] == [another_webhook]
+        waiting = thread.submit(claim, db)
+        wait_for_a_waiter(place.url)
+        other.rollback()
+        other.begin()
+        assert [job.webhook_id for job in waiting.result(20)] == [webhook_id]
+
+
+@only_postgres
 def test_publishing_to_a_webhook_that_is_being_deleted_says_that_nothing_was_stored(
     place: Place, db: Database, manager: WebhookManager, webhook_id: str
 ) -> None:
