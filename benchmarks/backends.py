@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from peewee import Database
@@ -42,6 +43,7 @@ BACKENDS = ("SQLite", "PostgreSQL")
 WORKERS = (1, 2, 4)
 BACKLOG = 6000  # deliveries, to 10 endpoints
 SIZES = (1_000, 1_000_000)  # webhooks
+COPIED = 1_000_000  # deliveries, ten of each event
 PURGED = 100_000  # deliveries, ten of each event
 PUBLISHED = 2000  # events, one after the other, while nothing is purged
 HISTORY = 10_000_000  # deliveries that have ended
@@ -55,6 +57,7 @@ def run() -> Iterator[Figure]:
         yield from requests(urls)
         yield from in_process(pg, Path(name))
         yield from by_workers(pg, Path(name))
+        yield from copies(pg, Path(name))
         yield from purges(pg, Path(name))
         yield from sizes(pg)
         yield from histories(pg, Path(name))
@@ -187,6 +190,24 @@ def opened(url: str) -> Iterator[Database]:
     models.db.initialize(db)
     yield db
     db.close_all()  # type: ignore[attr-defined]
+
+
+def copies(pg: Postgres, folder: Path) -> Iterator[Figure]:
+    """`manage.py copy` from SQLite to PostgreSQL and back, both read again and compared."""
+    source, target = both(pg, folder, "copy")
+    back = f"sqlite:///{folder}/back.db"
+    with opened(source) as db:
+        deliver.fill(db, 1000, matching=10)
+        remember(db, COPIED, clock.now())
+    there_s, back_s = (deliver.timed(partial(copied, *urls)) for urls in ((source, target), (target, back)))
+    rows = COPIED + COPIED // 10 + 2 * 1000
+    measured, against = f"{there_s:.0f} s, {rows / there_s:,.0f} rows/s", f"back: {back_s:.0f} s"
+    yield Figure(f"copy of {rows:,} rows to PostgreSQL", measured, against, there_s / back_s, ">= 0")
+
+
+def copied(source: str, target: str) -> None:
+    command = [sys.executable, str(server.ROOT / "manage.py"), "copy", "--from", source, "--to", target]
+    subprocess.run(command, cwd=server.ROOT, check=True, capture_output=True)
 
 
 def purges(pg: Postgres, folder: Path) -> Iterator[Figure]:
