@@ -52,7 +52,8 @@ def test_200_concurrent_registrations_from_several_processes_all_land(empty: Pla
         process.stdin.write("go\n")
         process.stdin.flush()
     answers = [process.communicate(timeout=60) for process in processes]
-    assert [errors for _, errors in answers] == [""] * 4
+    waiting = "waiting for another process that works on this database"
+    assert {line for _, errors in answers for line in errors.splitlines()} <= {waiting}
     ids = {line for printed, _ in answers for line in printed.split()}
     assert len(ids) == 200
     db = open_database(empty.url)
