@@ -16,8 +16,8 @@ from peewee import (
     BooleanField,
     CompositeKey,
     DatabaseProxy,
+    DoubleField,
     Field,
-    FloatField,
     ForeignKeyField,
     IntegerField,
     Model,
@@ -87,7 +87,7 @@ class Webhook(Table):
     disabled_at = UtcField(null=True)
     disabled_reason = TextField(null=True)
     retry_schedule = TextField(null=True)
-    rate_limit = FloatField(null=True)
+    rate_limit = DoubleField(null=True)
     ordered = BooleanField(null=True)
 
     class Meta:

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peewee import BooleanField, Database, DatabaseError, IntegrityError, Model
-from peewee import __exception_wrapper__ as in_peewees_words  # type: ignore[attr-defined]
 
 import models
 from hookline import schema
 from hookline.database import alone, connected, is_postgres
 from hookline.errors import Conflict, Invalid, Unavailable
-from hookline.failures import SENTENCES, error_name, is_lost, reason
+from hookline.failures import SENTENCES, error_name, in_peewees_words, is_lost, reason, sentence_for
 from models import UtcField, read_time, stored_time
 
 ADVISORY_LOCK = 0x686F6F6B636F7079  # "hookcopy", on PostgreSQL
@@ -79,8 +78,9 @@ class Table(NamedTuple):
                 raise Invalid(f"{self.name_of(row)}: {self.columns[place]} is not a time") from None
         for place in self.booleans:
             values[place] = None if values[place] is None else bool(values[place])
-        if unusable := next((place for place, value in enumerate(values) if isinstance(value, bytes)), None):
-            raise Invalid(f"{self.name_of(row)}: {self.columns[unusable]} is not text")
+        for place, value in enumerate(values):
+            if isinstance(value, bytes):
+                raise Invalid(f"{self.name_of(row)}: {self.columns[place]} is not text")
         return tuple(values)
 
     def key_of(self, row: Sequence[Any]) -> list[Any]:
@@ -103,6 +103,8 @@ def plan(source: Database, target: Database | None, overwrite: bool = False) -> 
         rows = {table.name: count(source, table) for table in TABLES}
     if target is None:
         return rows, "create and migrate the target"
+    _refuse_same(source, target)
+    _refuse_in_use(target)
     with connected(source), connected(target), alone_on(source, target):
         return rows, _intent(source, target, overwrite)
 
@@ -139,9 +141,9 @@ def _copy_and_compare(source: Database, target: Database, batch: int, progress: 
     compared = [_compare(source, target, table, min(batch, table.batch), progress) for table in TABLES]
     if different := [one.table for one in compared if not one.same]:
         raise Conflict(f"the copy differs in {', '.join(different)}: {WRITTEN_TO}")
-    target.execute_sql(f"DROP TABLE {NOTES}")
     if is_postgres(target):
         target.execute_sql(f"ANALYZE {', '.join(table.name for table in TABLES)}")
+    target.execute_sql(f"DROP TABLE {NOTES}")
     return compared
 
 
@@ -244,7 +246,7 @@ def _keep_ids_unique(source: Database, target: Database) -> None:
         last = source.execute_sql("SELECT last_value FROM deliveries_delivery_id_seq").fetchone()[0]
     else:
         found = source.execute_sql("SELECT seq FROM sqlite_sequence WHERE name = 'deliveries'").fetchone()
-        last = found[0] if found else 1
+        last = max(found[0] if found else 0, 1)
     with target.atomic():
         if is_postgres(target):
             target.execute_sql("SELECT setval('deliveries_delivery_id_seq', %s)", (last,))
@@ -296,19 +298,36 @@ def read_batches(db: Database, table: Table, size: int, after: Sequence[Any] | N
 def alone_on(source: Database, target: Database) -> Iterator[None]:
     """One copy at a time, never from a database into itself, whatever names its host has, and nobody else at work.
 
-    Raises Invalid, Conflict.
+    Raises Conflict.
     """
-    _refuse_same(source, target)
     busy = "--from and --to are the same database, or another process copies or migrates one of them"
     with ExitStack() as locks:
         for db in (source, target):
             if is_postgres(db) or db is target:
                 locks.enter_context(alone(db, ADVISORY_LOCK, busy))
         if is_postgres(target) and target.execute_sql(OTHERS).fetchone():
-            raise Conflict("a service, a worker or a command of Hookline is connected to the target: stop it first")
+            raise Conflict(IN_USE)
         yield
 
 
+def _refuse_in_use(target: Database) -> None:
+    """Raises Conflict if another process has this SQLite file open: none other can lock it then."""
+    if is_postgres(target):
+        return  # `alone_on` asks it
+    target.close_all()  # type: ignore[attr-defined]  # what we have open ourselves would be in the way
+    probe = sqlite3.connect(target.database, timeout=0)
+    try:
+        probe.execute("PRAGMA locking_mode = EXCLUSIVE")
+        probe.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as exc:
+        if error_name(exc) == "SQLITE_BUSY":
+            raise Conflict(IN_USE) from exc
+        raise Unavailable(sentence_for(exc)) from exc
+    finally:
+        probe.close()
+
+
+IN_USE = "a service, a worker or a command of Hookline is connected to the target: stop it first"
 OTHERS = """
     SELECT 1 FROM pg_stat_activity
     WHERE datname = current_database() AND application_name = 'hookline' AND pid <> pg_backend_pid()"""
@@ -333,7 +352,8 @@ def identity(db: Database) -> str:
     if not is_postgres(db):
         return f"sqlite {Path(db.database).resolve()}"
     parameters: dict[str, Any] = db.connect_params
-    return f"postgresql {parameters.get('host', '')} {parameters.get('port', 5432)} {db.database}"
+    given = [parameters.get(name, "") for name in ("service", "host", "hostaddr", "port")]
+    return " ".join(["postgresql", *map(str, given), db.database])
 
 
 def _refuse_same(source: Database, target: Database) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from peewee import (
     Database,
     DatabaseError,
+    DataError,
     IntegrityError,
     PostgresqlDatabase,
     Psycopg3Adapter,
@@ -27,7 +28,7 @@ from peewee import (
 from playhouse.pool import MaxConnectionsExceeded, PoolConnection, PooledPostgresqlDatabase, PooledSqliteDatabase
 
 from hookline.errors import Conflict, Invalid, Unavailable
-from hookline.failures import FAILURES, OF_OPERATORS, PASSING, error_name, reason, sentence_for
+from hookline.failures import FAILURES, OF_OPERATORS, PASSING, error_name, is_lost, reason, sentence_for
 
 log = logging.getLogger("hookline")
 
@@ -47,13 +48,13 @@ PRAGMAS = {
     "journal_size_limit": 64 * 1024 * 1024,
 }
 CONNECTION = {
-    "application_name": "hookline",
     "connect_timeout": 5,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # ms
 }
+FIXED = {"application_name": "hookline", "client_encoding": "utf8"}  # whatever the URL says: `copy` looks for the name
 SESSION = {  # what we rely on, whatever the server's, the database's and the role's defaults are
     "timezone": "UTC",
     "datestyle": "ISO",
@@ -102,7 +103,7 @@ def _open_postgres(url: str, pool_size: int, long_work: bool) -> Database:
     except ImportError as exc:
         raise Invalid("PostgreSQL needs its driver: pip install -r requirements-postgres.txt") from exc
     try:
-        parameters: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url), "client_encoding": "utf8"}
+        parameters: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url), **FIXED}
     except ProgrammingError as exc:
         raise Invalid("this is not a PostgreSQL URL; one is like postgresql://user:password@host:port/name") from exc
     port = str(parameters.get("port", "")).replace(",", "")
@@ -180,11 +181,13 @@ class PostgresPool(PooledPostgresqlDatabase):  # type: ignore[misc]
             return connection
         finally:
             with self._pool_lock:
-                del self._in_use[id(reserved)]
+                closed = self._in_use.pop(id(reserved), None) is None  # by `close_all`, meanwhile
                 if connection is None:
                     self._pool_available.notify()
-                else:
+                elif not closed:
                     self._in_use[id(connection)] = PoolConnection(time.time(), connection, time.time())
+            if closed and connection is not None:
+                connection.close()  # who uses it is told so
 
 
 def is_postgres(db: Database) -> bool:
@@ -212,10 +215,13 @@ def require_reachable(db: Database) -> None:
 _thread = threading.local()  # `unit_of`: the database of which this thread runs a unit of work of ours
 
 
+UNSTORABLE = "it has a NUL character or a lone surrogate, or is out of range"
+
+
 class connected:  # a class, because it is on every path
     """This thread's connection, opened for the block unless the caller already holds one.
 
-    The database's own failures in the block become Unavailable.
+    The database's own failures in the block become Unavailable, and values that it cannot store Invalid.
     """
 
     def __init__(self, db: Database) -> None:
@@ -234,10 +240,16 @@ class connected:  # a class, because it is on every path
             self.db.close()
         if isinstance(exc, FAILURES) or (isinstance(exc, DatabaseError) and error_name(exc) in OF_OPERATORS):
             raise Unavailable(sentence_for(exc)) from exc
+        if isinstance(exc, DataError | UnicodeEncodeError):  # whose own words may quote a secret
+            raise Invalid(f"the database cannot store one of these values: {UNSTORABLE}") from exc
 
 
 class Unreachable(Unavailable):
     """No connection could be had: trying again at once would not help."""
+
+
+class Unknown(Unavailable):
+    """The connection was lost while it was committing."""
 
 
 @contextmanager
@@ -262,12 +274,19 @@ def transaction(db: Database) -> Iterator[None]:
 @contextmanager
 def unit(db: Database) -> Iterator[None]:
     """A transaction that `transaction` blocks inside it are part of, without savepoints of their own."""
-    with connected(db), db.atomic():
-        _thread.unit_of = db
-        try:
-            yield
-        finally:
-            _thread.unit_of = None
+    done = False
+    try:
+        with connected(db), db.atomic():
+            _thread.unit_of = db
+            try:
+                yield
+                done = True
+            finally:
+                _thread.unit_of = None
+    except Unavailable as exc:
+        if done and is_lost(exc):
+            raise Unknown("the database went away in the middle: it may have been stored, or not") from exc
+        raise
 
 
 def in_unit(db: Database) -> bool:

@@ -18,10 +18,11 @@ from datetime import timedelta
 
 from peewee import Database
 
-from hookline import clock, events, lanes, policy, retention, signing
+from hookline import clock, events, lanes, policy, recovery, retention, signing
 from hookline.egress import Client
 from hookline.errors import Unavailable
 from hookline.events import Wake
+from hookline.failures import LOCKED, error_name
 from hookline.lanes import Job, Settled
 from hookline.policy import Rules
 from hookline.storage import Storage
@@ -33,7 +34,6 @@ CROWDED = 0.02  # seconds until the next look where others hold the lanes that a
 POLL = 0.5  # seconds between looks for what other processes queued
 MARGIN = 1.0  # seconds of a lease that are left for settling
 AGAIN = 1.0  # seconds between tries while the database cannot be used
-JUMP = 1.0  # seconds that the clock may go back before we call it a jump
 
 
 class Worker:
@@ -49,11 +49,15 @@ class Worker:
         self._taking: set[asyncio.Task[None]] = set()
         self._settled: list[Settled] = []  # what has come back and is not recorded yet
         self._recording: asyncio.Task[None] | None = None
+        self._aside: dict[str, list[Settled]] = {}  # of webhooks that somebody else holds
+        self._recording_aside: asyncio.Task[None] | None = None
         self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
         self._backlog = False  # is more due than we had slots for?
         self._stopping = False
         self._problem = ""  # why the last look for deliveries failed
         self._next_sweep = 0.0  # of time.monotonic()
+        self._sweeping: asyncio.Task[None] | None = None
+        self._rewind = False  # did the clock go back?
         self._offset = time.time() - time.monotonic()  # of the wall clock, to notice that it went back
 
     @property
@@ -78,6 +82,8 @@ class Worker:
         events.attach(self.db, for_others)
         self._awake.set()
         self._purging.cancel()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         await self._running
         while self._taking or self._coming:
             await asyncio.gather(asyncio.sleep(0), *self._taking, return_exceptions=True)
@@ -89,6 +95,8 @@ class Worker:
         await asyncio.gather(*left.values(), return_exceptions=True)
         if self._recording is not None:
             await self._recording
+        if self._recording_aside is not None:
+            await self._recording_aside
         await self._release(list(left))
         await self.client.close()
 
@@ -163,7 +171,7 @@ class Worker:
     async def _run(self) -> None:
         while not self._stopping:
             try:
-                await self._heal()
+                self._heal()
                 wait = await self._step()
                 self.beat = time.monotonic()
                 self._report("")
@@ -184,17 +192,33 @@ class Worker:
             log.info("looking for deliveries again")
         self._problem = problem
 
-    async def _heal(self) -> None:
-        """Find the leases that ran out, every half lease, and mend what a clock that went back would hold up."""
+    def _heal(self) -> None:
+        """Every half lease find the leases that ran out; mend what a clock that went far back would hold up."""
         now = time.monotonic()
         went_back = self._offset - (time.time() - now)
-        if went_back > JUMP:
+        self._offset -= went_back
+        if went_back > self.rules.lease:  # less is no more than a wait
             log.warning("the clock went back by %.0f s", went_back)
-            await self.storage.write(lanes.rewind, self.db, self.rules.lease)
-        self._offset = time.time() - now
-        if now >= self._next_sweep:
-            self._next_sweep = now + self.rules.lease / 2  # first: if it fails, looking for what is due goes on
-            await self.storage.write(lanes.sweep, self.db)
+            self._rewind, self._next_sweep = True, 0
+        if now >= self._next_sweep and (self._sweeping is None or self._sweeping.done()):
+            self._next_sweep = now + self.rules.lease / 2
+            self._sweeping = self._loop.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        """In short steps, beside looking for what is due."""
+        try:
+            while self._rewind:
+                self._rewind = await self.storage.write(recovery.rewind, self.db, self.rules.lease)
+            after: str | None = ""
+            while after is not None:
+                late, after = await self.storage.scan(recovery.overdue, self.db, after)
+                if late:
+                    await self.storage.write(recovery.open_lanes, self.db, late)
+                    self._awake.set()
+        except Unavailable as exc:
+            log.warning("leases that ran out are looked for later: %s", exc)
+        except Exception:  # whatever it is, the next one comes
+            log.exception("looking for leases that ran out failed")
 
     async def _sleep(self, seconds: float) -> None:
         try:
@@ -216,7 +240,12 @@ class Worker:
         self._backlog = bool(busy) or (due is not None and due <= now)
         if due is None or due > now:
             return POLL if due is None else min(POLL, (due - now).total_seconds())
-        jobs = await self.storage.write(lanes.claim, self.db, self.rules, free, dict(self._held), busy)
+        try:
+            jobs = await self.storage.write(lanes.claim, self.db, self.rules, free, dict(self._held), busy)
+        except Unavailable as exc:
+            if error_name(exc) != LOCKED:
+                raise
+            return CROWDED
         for job in jobs:
             self._begin(job)
         return 0 if jobs else CROWDED
@@ -272,28 +301,62 @@ class Worker:
         """Settle what has come back, one batch after the other: the next one gathers while one is committed."""
         while batch := self._settled:
             self._settled = []
-            try:
-                await self._settle(batch)
-            finally:
-                for settled in batch:
-                    self._end(settled.job)
+            held = [one for one in batch if one.job.webhook_id in self._aside]
+            held += await self._settle([one for one in batch if one.job.webhook_id not in self._aside])
+            self._end_all(batch, but=held)
+            for one in held:
+                self._aside.setdefault(one.job.webhook_id, []).append(one)
+            if held and self._recording_aside is None:
+                self._recording_aside = self._loop.create_task(self._record_aside())
         self._recording = None
 
-    async def _settle(self, batch: list[Settled]) -> None:
-        until = time.monotonic() + self.rules.lease - self.rules.timeout
-        while True:
+    async def _record_aside(self) -> None:
+        """Settle what was put aside again and again, each webhook for itself, until nobody else holds it."""
+        while self._aside:
+            await asyncio.sleep(AGAIN)
+            for webhook_id, batch in list(self._aside.items()):
+                self._aside[webhook_id] = []  # still there: what comes back meanwhile is put aside too
+                held = self._still_ours(await self._settle(batch, only_free=True), "somebody else holds their webhook")
+                self._end_all(batch, but=held)
+                self._aside[webhook_id] += held
+                if not self._aside[webhook_id]:
+                    del self._aside[webhook_id]
+        self._recording_aside = None
+
+    async def _settle(self, batch: list[Settled], only_free: bool = False) -> list[Settled]:
+        """Record these as soon as the database can be used; returns those whose webhook somebody else holds."""
+        while batch:
             try:
                 cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
-                await self.storage.write(lanes.settle, self.db, batch, cutoff)
-                return
-            except Unavailable as exc:  # sent, but not recorded: try as long as they are ours
-                if self._stopping or time.monotonic() > until:
-                    log.error("the results of %s deliveries are lost, they will be made again: %s", len(batch), exc)
-                    return
-                await asyncio.sleep(AGAIN)
+                return await self.storage.write(lanes.settle, self.db, batch, cutoff, only_free)
+            except Unavailable as exc:
+                if error_name(exc) != LOCKED:
+                    batch = self._still_ours(batch, str(exc))
+                    await asyncio.sleep(AGAIN if batch else 0)
+                elif only_free:
+                    return batch
+                else:
+                    only_free = True
             except Exception:
                 log.exception("%s deliveries wait for their leases to run out", len(batch))
-                return
+                return []
+        return []
+
+    def _still_ours(self, batch: list[Settled], why: str) -> list[Settled]:
+        """Those that may be recorded later: failures while they are leased to us, successes as long as we run."""
+        found = [] if self._stopping else [one for one in batch if one.is_success or not self._is_over(one.job)]
+        if lost := len(batch) - len(found):
+            log.error("the results of %s deliveries are lost, they will be made again: %s", lost, why)
+        return found
+
+    def _is_over(self, job: Job) -> bool:
+        return time.monotonic() - job.leased_at > self.rules.lease - MARGIN
+
+    def _end_all(self, batch: list[Settled], but: list[Settled]) -> None:
+        held = {one.job.delivery_id for one in but}
+        for one in batch:
+            if one.job.delivery_id not in held:
+                self._end(one.job)
 
     def _end(self, job: Job) -> None:
         del self._jobs[job.delivery_id]

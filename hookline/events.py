@@ -25,6 +25,7 @@ from hookline import clock, notices, sql
 from hookline.database import in_unit, transaction
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
 from hookline.failures import reason
+from hookline.registration import text_problem
 from models import IN_ORDER, read_time, stored_time
 
 log = logging.getLogger("hookline")
@@ -32,6 +33,10 @@ log = logging.getLogger("hookline")
 EVENT_TYPE = re.compile(r"[!-~]([ -~]{0,198}[!-~])?")
 TEAM_FIELDS = ("home_team", "away_team", "team")
 MAX_KEY = 255  # characters of an idempotency key
+MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that somebody is making
+    "(SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
+    f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
+)
 TEST_EVENT = "webhook.test"
 TEST_DATA = {"message": "A test event: it was asked for by hand, and means nothing."}
 
@@ -179,7 +184,8 @@ def payload_of(new: NewEvent, timestamp: str | None, limit: int) -> str:
 
 def teams_of(data: Mapping[str, Any]) -> list[str]:
     """The teams that an event is about; '' stands for the webhooks of no team."""
-    return ["", *{team: None for name in TEAM_FIELDS if isinstance(team := data.get(name), str) and team}]
+    given = dict.fromkeys(team for name in TEAM_FIELDS if isinstance(team := data.get(name), str) and team)
+    return ["", *(team for team in given if text_problem(team) is None)]  # no webhook has one that cannot be stored
 
 
 def _insert_events(db: Database, drafts: Sequence[Draft], now: str) -> set[str]:
@@ -272,10 +278,12 @@ def _insert_matching(db: Database, wanted: Sequence[Wanted], slots: Slots, at: s
 
 
 def _insert_one(db: Database, event_id: str, webhook_id: str, at: str) -> list[Inserted]:
-    columns = "webhook_id, event_id, leased, next_attempt_at, created_at"
-    values = f"{db.param}, {db.param}, FALSE, {sql.moment(db)}, {sql.moment(db)}"
-    insert = f"INSERT INTO deliveries ({columns}) VALUES ({values}) RETURNING delivery_id, webhook_id, event_id, leased"
-    return list(db.execute_sql(insert, (webhook_id, event_id, at, at)).fetchall())
+    moment = sql.moment(db)
+    insert = f"""
+        INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
+        SELECT webhook_id, {db.param}, FALSE, CASE WHEN ordered THEN {moment} ELSE {moment} END, {moment}
+        FROM webhooks WHERE webhook_id = {db.param} RETURNING delivery_id, webhook_id, event_id, leased"""
+    return list(db.execute_sql(insert, (event_id, IN_ORDER, at, at, webhook_id)).fetchall())
 
 
 def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False) -> None:
@@ -289,16 +297,15 @@ def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False
     change = f"due_at = {due}"
     if open_now:  # but not of strict order while a delivery is being made: the closed lane is its lease
         change = (
-            f"due_at = excluded.due_at, open_at = NULL WHERE NOT coalesce(lanes.open_at > excluded.due_at, FALSE) "
-            "OR NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
-            f"AND d.next_attempt_at = {moment} AND d.leased)"
+            "due_at = excluded.due_at, open_at = NULL "
+            f"WHERE NOT coalesce(lanes.open_at > excluded.due_at, FALSE) OR NOT EXISTS {MADE_IN_ORDER}"
         )
     where = condition.format(given=sql.rows(db, "id"), numbers=sql.rows(db, "id bigint"))
     statement = (
         f"INSERT INTO lanes (webhook_id, due_at, failures) SELECT DISTINCT webhook_id, {moment}, 0 FROM deliveries "
         f"WHERE {where} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
     )
-    given = (stored_time(clock.now()), *parameters, *([IN_ORDER] if open_now else []))
+    given = (stored_time(clock.now()), *parameters)
 
     def open_lanes() -> None:
         db.execute_sql(statement, given)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from peewee import InterfaceError, InternalError, OperationalError
+from typing import Any
 
+from peewee import InterfaceError, InternalError, OperationalError
+from peewee import __exception_wrapper__ as wrapper  # type: ignore[attr-defined]
+
+in_peewees_words: Any = wrapper  # what a cursor of the driver raises in this block becomes Peewee's
 FAILURES = (OperationalError, InterfaceError, InternalError)
 LOCKED = "55P03"  # lock_not_available
 UNKNOWN = "the database is unavailable; nothing was stored, try again"

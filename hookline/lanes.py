@@ -61,6 +61,10 @@ class Settled(NamedTuple):
     result: Result
     settlement: Settlement
 
+    @property
+    def is_success(self) -> bool:
+        return self.settlement.outcome is Outcome.SUCCEEDED
+
 
 def load(
     db: Database,
@@ -111,6 +115,7 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
     given = (stored_time(now), sql.ids(busy))
     due = db.execute_sql(due_sql(db, sql.skip_locked(db, "l")), given).fetchall()
     if not due:  # others hold all that are due, perhaps who publishes to them without pause: stand in line for one
+        sql.wait_briefly(db)
         due = db.execute_sql(due_sql(db, sql.locked(db, "l"), at_once=1), given).fetchall()
     leased: list[tuple[int, str]] = []
     lanes: dict[str, tuple[int, bool, str | None]] = {}
@@ -125,7 +130,7 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
             continue
         ids = _lease(db, webhook_id, bool(ordered), budget, stored_time(now), lost)
         exclusive = bool(failures or ordered)
-        opens = stored_time(now + timedelta(seconds=len(ids) / rate_limit)) if rate_limit and ids else None
+        opens = stored_time(now + policy.lane_rest(len(ids), rate_limit)) if rate_limit and ids else None
         _move_on(db, webhook_id, now, lost if exclusive and ids else opens, more=len(ids) == budget)
         lanes[webhook_id] = (failures, exclusive, opens)
         leased += [(delivery_id, lost) for delivery_id in ids]
@@ -149,10 +154,11 @@ def _lease(db: Database, webhook_id: str, ordered: bool, budget: int, now: str, 
             WHERE webhook_id = {db.param} AND status = 'pending' AND next_attempt_at <= {moment}
             ORDER BY next_attempt_at, delivery_id LIMIT {db.param}{sql.skip_locked(db, "deliveries")})
         UPDATE deliveries SET leased = TRUE,
-               next_attempt_at = CASE WHEN {db.param} THEN next_attempt_at ELSE {moment} END
+               next_attempt_at = {moment}
         WHERE delivery_id IN (SELECT delivery_id FROM due) AND status = 'pending'
         RETURNING delivery_id"""
-    return [row[0] for row in db.execute_sql(statement, (webhook_id, now, budget, ordered, lost)).fetchall()]
+    parameters = (webhook_id, now, budget, IN_ORDER if ordered else lost)
+    return [row[0] for row in db.execute_sql(statement, parameters).fetchall()]
 
 
 def _move_on(db: Database, webhook_id: str, now: datetime, opens: str | None, *, more: bool) -> None:
@@ -185,27 +191,32 @@ def _cancel_some(db: Database, webhook_id: str, now: datetime) -> None:
     _move_on(db, webhook_id, now, None, more=len(cancelled) == CANCELLED_AT_ONCE)
 
 
-def settle(db: Database, settled: Sequence[Settled], delinquent_since: str) -> None:
+def settle(db: Database, settled: Sequence[Settled], delinquent_since: str, only_free: bool = False) -> list[Settled]:
     """Record these attempts and what follows from them: deliveries, counters, lanes, webhooks to disable.
 
-    A webhook that has failed everything since `delinquent_since` is disabled.
+    A webhook that has failed everything since `delinquent_since` is disabled. With `only_free` those whose webhook
+    somebody else holds are left out, and returned. Waits but briefly: then it fails, with LOCKED.
     """
     now = stored_time(clock.now())
-    sql.lock_webhooks(db, {one.job.webhook_id for one in settled})
+    sql.wait_briefly(db)
+    held = sql.lock_webhooks(db, {one.job.webhook_id for one in settled}, free=only_free)
+    left = [one for one in settled if one.job.webhook_id in held]
+    if left:
+        settled = [one for one in settled if one.job.webhook_id not in held]
     if any(one.job.attempts for one in settled):
         _keep_earlier_attempts(db, settled)
     rows = db.execute_sql(settle_sql(db), (sql.parameter(_settled_row(one, now) for one in settled),)).fetchall()
     recorded = {delivery_id for (delivery_id,) in rows}  # the others were settled before, or given up
     counts = _counts(one for one in settled if one.job.delivery_id in recorded)
     db.execute_sql(count_sql(db), (sql.parameter(counts),))
-    lanes = _lanes_after(settled, now)
-    if lanes:
-        db.execute_sql(lanes_sql(db), (sql.parameter(lanes),))
-    failed = {one.job.webhook_id for one in settled if one.settlement.outcome is not Outcome.SUCCEEDED}
+    if lanes := _lanes_after(settled, now):
+        db.execute_sql(lanes_sql(db), (sql.parameter(lanes), now))
+    failed = {one.job.webhook_id for one in settled if not one.is_success}
     if failed:
         gone = {one.job.webhook_id for one in settled if one.settlement.outcome is Outcome.GONE}
         disable(db, gone, GONE, now)
         disable(db, failed - gone, "every attempt has failed for too long", now, delinquent_since)
+    return left
 
 
 def _keep_earlier_attempts(db: Database, settled: Sequence[Settled]) -> None:
@@ -293,13 +304,18 @@ def _counts(settled: Iterable[Settled]) -> list[list[Any]]:
 
 @lru_cache(maxsize=8)
 def lanes_sql(db: Database) -> str:
-    rows = sql.rows(db, "id", "due timestamptz", "opens timestamptz", "failed integer")
+    """What was begun before strict order was asked for leaves the lane alone while one delivery is made in order."""
+    rows = sql.rows(db, "id", "due timestamptz", "opens timestamptz", "failed integer", "exclusive boolean")
     sooner = sql.sooner(db, "lanes.due_at", "excluded.due_at")
     more = sql.later(db, "lanes.failures", "excluded.failures")
     return f"""
         INSERT INTO lanes (webhook_id, due_at, open_at, failures)
         SELECT w.webhook_id, given.due, given.opens, given.failed
-        FROM {rows} CROSS JOIN webhooks w WHERE w.webhook_id = given.id ORDER BY w.webhook_id
+        FROM {rows} CROSS JOIN webhooks w
+        WHERE w.webhook_id = given.id AND (given.exclusive OR NOT coalesce(w.ordered, FALSE) OR NOT EXISTS (
+            SELECT 1 FROM lanes WHERE lanes.webhook_id = w.webhook_id AND lanes.open_at > {sql.moment(db)}
+            AND EXISTS {events.MADE_IN_ORDER}))
+        ORDER BY w.webhook_id
         ON CONFLICT (webhook_id) DO UPDATE SET open_at = excluded.open_at,
             failures = CASE WHEN excluded.failures = 0 THEN 0 ELSE {more} END,
             due_at = CASE WHEN excluded.open_at IS NULL THEN {sooner} ELSE excluded.due_at END"""
@@ -311,12 +327,14 @@ def _lanes_after(settled: Iterable[Settled], now: str) -> list[list[Any]]:
     for job, _, settlement in settled:
         if settlement.outcome is Outcome.SUCCEEDED and not job.exclusive:
             if job.webhook_id in found:
-                found[job.webhook_id][2:] = [None, 0]  # it works again
+                found[job.webhook_id][2:4] = [None, 0]  # it works again
             continue
         failed = settlement.outcome is not Outcome.SUCCEEDED
-        times = [stored_time(one) for one in [settlement.lane_opens_at] if one] + [one for one in [job.opens_at] if one]
-        opens = max(times, default=None)
-        found[job.webhook_id] = [job.webhook_id, opens or now, opens, job.failures + 1 if failed else 0]
+        times = [settlement.lane_opens_at, settlement.next_attempt_at if job.ordered else None, read_time(job.opens_at)]
+        latest = max((one for one in times if one is not None), default=None)
+        opens = None if latest is None else stored_time(latest)
+        exclusive = job.exclusive or (job.webhook_id in found and found[job.webhook_id][4])
+        found[job.webhook_id] = [job.webhook_id, opens or now, opens, job.failures + 1 if failed else 0, exclusive]
     return list(found.values())
 
 
@@ -351,37 +369,3 @@ def release(db: Database, delivery_ids: Sequence[int]) -> None:
     rows = db.execute_sql(statement, (IN_ORDER, now, sql.ids(delivery_ids))).fetchall()
     if rows:
         events.queue(db, OF_WEBHOOKS, sql.ids({webhook_id for (webhook_id,) in rows}), open_now=True)
-
-
-def sweep(db: Database) -> int:
-    """Open the lanes of leases that ran out; returns how many. Skips along the index from webhook to webhook."""
-    now = stored_time(clock.now())
-    pending = "FROM deliveries d WHERE d.status = 'pending'"
-    statement = f"""
-        WITH RECURSIVE waiting (id) AS (
-            SELECT (SELECT min(d.webhook_id) {pending})
-            UNION ALL
-            SELECT (SELECT min(d.webhook_id) {pending} AND d.webhook_id > waiting.id) FROM waiting
-            WHERE waiting.id IS NOT NULL
-        ), first (id, due) AS (
-            SELECT id, (SELECT min(d.next_attempt_at) {pending} AND d.webhook_id = waiting.id) FROM waiting
-            WHERE id IS NOT NULL
-        )
-        INSERT INTO lanes (webhook_id, due_at, failures) SELECT id, {sql.moment(db)}, 0 FROM first
-        WHERE due <= {sql.moment(db)} ORDER BY id
-        ON CONFLICT (webhook_id) DO UPDATE SET due_at = excluded.due_at
-        WHERE lanes.due_at > excluded.due_at AND (lanes.open_at IS NULL OR lanes.open_at <= excluded.due_at)
-        RETURNING webhook_id"""
-    return len(db.execute_sql(statement, (now, now)).fetchall())
-
-
-def rewind(db: Database, lease: float) -> None:
-    """The clock went back: what was to wait until then is due now, and a lease is no longer than a lease."""
-    now = clock.now()
-    moment = sql.moment(db)
-    later = (stored_time(now), stored_time(now))
-    lost = (stored_time(now + timedelta(seconds=lease)),) * 2
-    update = f"UPDATE deliveries SET next_attempt_at = {moment} WHERE status = 'pending' AND next_attempt_at > {moment}"
-    db.execute_sql(f"{update} AND NOT leased", later)
-    db.execute_sql(f"{update} AND leased", lost)
-    db.execute_sql(f"UPDATE lanes SET due_at = {moment}, open_at = NULL WHERE due_at > {moment}", later)

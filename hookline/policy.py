@@ -12,6 +12,7 @@ from typing import NamedTuple
 JITTER = 0.1  # of a step of the schedule, either way
 LANE_BACKOFF = 5.0  # seconds after the first failure of an endpoint, doubled for each more in a row
 MAX_LANE_BACKOFF = 300.0  # seconds
+MAX_REST = 24 * 3600.0  # seconds
 MAX_RETRY_AFTER = 24 * 3600.0  # seconds that an endpoint may ask us to wait
 
 
@@ -95,6 +96,11 @@ def settle(
 def lane_backoff(failures: int) -> float:
     """Seconds that a lane rests after this many failures in a row."""
     return min(LANE_BACKOFF * 2.0 ** min(failures - 1, 16), MAX_LANE_BACKOFF)
+
+
+def lane_rest(sent: int, rate_limit: float) -> timedelta:
+    """How long a rate-limited lane rests after so many deliveries: a day at most."""
+    return timedelta(seconds=min(sent / rate_limit, MAX_REST))
 
 
 def lane_budget(failures: int, ordered: bool, rate_limit: float | None, free: int) -> int:

@@ -11,6 +11,7 @@ from hookline.errors import Invalid
 
 MIN_SECRET = 16  # characters
 MAX_EVENTS = 1000  # event types of one webhook
+MIN_RATE, MAX_RATE = 0.0001, 10_000.0  # deliveries per second of one webhook: one in three hours at least
 MAX_NAME = 200  # characters of an event type or a team: three names fit into an index of PostgreSQL
 
 
@@ -30,7 +31,9 @@ def generate_secret() -> str:
     return "whsec_" + base64.b64encode(os.urandom(32)).decode()
 
 
-def check(url: str, events: Sequence[str], secret: str | None, team: str | None) -> None:
+def check(
+    url: str, events: Sequence[str], secret: str | None, team: str | None, description: str | None = None
+) -> None:
     """Refuse what no edge should let through. Raises Invalid; no message holds a secret."""
     if not url.lower().startswith(("http://", "https://")):
         raise Invalid("url must start with http:// or https://")
@@ -43,8 +46,15 @@ def check(url: str, events: Sequence[str], secret: str | None, team: str | None)
         if len(text or "") > MAX_NAME:
             raise Invalid(f"{name} must not be longer than {MAX_NAME} characters")
     check_text("url", url)
+    check_text("description", description)
     if secret is not None:
         check_secret(secret)
+
+
+def check_rate(rate_limit: float | None) -> None:
+    """Raises Invalid for what no lane can keep to."""
+    if rate_limit is not None and not MIN_RATE <= rate_limit <= MAX_RATE:
+        raise Invalid(f"rate_limit must be from {MIN_RATE} to {MAX_RATE:.0f} deliveries per second")
 
 
 def check_secret(secret: str) -> None:
@@ -70,11 +80,16 @@ def secret_problem(secret: str) -> str | None:
 
 def check_text(name: str, text: str | None) -> None:
     """Raises Invalid for what the two databases would store differently: NUL and lone surrogates."""
-    if text is None:
-        return
+    if text is not None and (problem := text_problem(text)) is not None:
+        raise Invalid(f"{name} {problem}")
+
+
+def text_problem(text: str) -> str | None:
+    """Why this cannot be stored, None if it can."""
     if "\0" in text:
-        raise Invalid(f"{name} must not contain NUL characters")
+        return "must not contain NUL characters"
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Invalid(f"{name} must not contain lone surrogates") from None
+        return "must not contain lone surrogates"
+    return None

@@ -7,12 +7,14 @@ the GIL each. So what is on a hot path is one statement for a whole set, whose r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from peewee import Database
 
 from hookline.database import is_postgres
+
+BRIEFLY = 500  # ms: others hold what they lock for a few
 
 
 def rows(db: Database, *columns: str, alias: str = "given") -> str:
@@ -67,14 +69,26 @@ def sooner(db: Database, first: str, second: str) -> str:
     return f"least({first}, {second})" if is_postgres(db) else f"min({first}, {second})"
 
 
-def lock_webhooks(db: Database, values: Iterable[str]) -> None:
+def lock_webhooks(db: Database, values: Collection[str], *, free: bool = False) -> set[str]:
     """Lock these webhooks before what hangs on them, and in one order, so that no two transactions wait for each other.
 
-    A webhook's row comes first, as in its deletion, then its deliveries, then its lane. SQLite has one writer.
+    A webhook's row comes first, as in its deletion, then its deliveries, then its lane. If only the `free` ones are
+    wanted, those that others hold are left alone and returned. SQLite has one writer.
     """
+    if not is_postgres(db):
+        return set()
+    select = f"SELECT webhook_id FROM webhooks WHERE webhook_id IN (SELECT id FROM {rows(db, 'id')})"
+    lock = f"{select} ORDER BY webhook_id FOR NO KEY UPDATE{' SKIP LOCKED' if free else ''}"
+    locked = {webhook_id for (webhook_id,) in db.execute_sql(lock, (ids(values),)).fetchall()}
+    if not free or len(locked) == len(values):
+        return set()
+    return {webhook_id for (webhook_id,) in db.execute_sql(select, (ids(set(values) - locked),)).fetchall()}
+
+
+def wait_briefly(db: Database) -> None:
+    """For the rest of this transaction: rather fail (LOCKED) than wait long for what somebody holds on to."""
     if is_postgres(db):
-        select = f"SELECT webhook_id FROM webhooks WHERE webhook_id IN (SELECT id FROM {rows(db, 'id')})"
-        db.execute_sql(f"{select} ORDER BY webhook_id FOR NO KEY UPDATE", (ids(values),))
+        db.execute_sql(f"SET LOCAL lock_timeout = {BRIEFLY}")
 
 
 def locked(db: Database, table: str) -> str:

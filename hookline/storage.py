@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 import anyio.to_thread
 from peewee import Database
 
-from hookline import notices
-from hookline.database import POOL_SIZE, Unreachable, connected, is_postgres, unit
+from hookline import notices, sql
+from hookline.database import POOL_SIZE, Unknown, Unreachable, connected, is_postgres, unit
 from hookline.errors import Unavailable
 from hookline.failures import LOCKED, PASSING, error_name, is_lost, sentence_for
 from hookline.notices import Notices
@@ -31,7 +31,6 @@ from hookline.notices import Notices
 T = TypeVar("T")
 
 GROUP_LIMIT = 500  # writes in one commit
-GROUP_LOCK_TIMEOUT = 1  # seconds, on PostgreSQL
 PAUSE = 0.02  # seconds between tries, at most
 TRIES = 3  # of a write that something passing was in the way of, on PostgreSQL
 STOPPING = "the service is stopping; nothing was stored"
@@ -326,32 +325,25 @@ class PostgresStorage(Storage):
 
 def together(db: Database, fn: Callable[..., Any], group: list[Job]) -> list[Any]:
     """An answer for each job. If one waits for a lock that somebody holds on to, the others soon go on without it."""
-    db.execute_sql(f"SET LOCAL lock_timeout = '{GROUP_LOCK_TIMEOUT}s'")
+    sql.wait_briefly(db)
     return list(fn([job.args[0] for job in group]))
-
-
-class Unknown(Unavailable):
-    """The connection was lost while it was committing."""
 
 
 def write_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
     """`fn(*args)` in a transaction on this thread, again where something passing was in its way. Raises Unavailable."""
     for left in reversed(range(TRIES)):
-        done = False
         try:
             with unit(db):
-                answer = fn(*args)
-                done = True
+                return fn(*args)
+        except Unknown:
+            raise
         except Exception as exc:
-            if done and is_lost(exc):
-                raise Unknown("the database went away in the middle: it may have been stored, or not") from exc
             if left and (error_name(exc) in PASSING or (is_lost(exc) and not isinstance(exc, Unreachable))):
                 time.sleep(random.uniform(0, PAUSE))  # so that two that collided do not collide again
                 continue
             if error_name(exc) in PASSING:
                 raise Unavailable(sentence_for(exc)) from exc
             raise
-        return answer
     raise AssertionError("unreachable")
 
 

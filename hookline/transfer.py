@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from hookline import clock
 from hookline.database import connected, transaction
 from hookline.egress import Network, literal_refusal
 from hookline.errors import Invalid
+from hookline.failures import in_peewees_words
 from hookline.files import back_up, replace_file
 from hookline.registration import MAX_NAME, check_text
 from models import read_time, stored_time
@@ -95,7 +98,7 @@ def import_file(
             compare(rows, stored(db), report)
             return report
         report.backup = back_up(path, content)
-        with transaction(db):
+        with transaction(db), in_peewees_words:
             new, updated = compare(rows, stored(db), report)
             write(db, new, updated, progress or silent)
     return report
@@ -195,10 +198,8 @@ def entries_of(document: Any) -> Iterator[tuple[str, Any, list[str]]]:
 
 def entries_of_list(document: list[Any]) -> Iterator[tuple[str, Any, list[str]]]:
     ids = [entry.get("id") if isinstance(entry, dict) else None for entry in document]
-    seen = [webhook_id for webhook_id in ids if isinstance(webhook_id, str)]
-    repeated = (
-        {webhook_id for webhook_id in set(seen) if seen.count(webhook_id) > 1} if len(set(seen)) < len(seen) else ()
-    )
+    seen = Counter(webhook_id for webhook_id in ids if isinstance(webhook_id, str))
+    repeated = {webhook_id for webhook_id, times in seen.items() if times > 1}
     for index, (webhook_id, entry) in enumerate(zip(ids, document, strict=True)):
         if not isinstance(entry, dict):
             yield f"entry {index}", entry, ["not an object"]
@@ -355,6 +356,7 @@ def write(db: Database, new: list[Row], updated: list[Row], progress: Progress) 
     change = ", ".join(f"{name} = {db.param}" for name in columns[1:])
     update = f"UPDATE webhooks SET {change} WHERE webhook_id = {db.param}"
     cursor = db.cursor()
+    updated.sort(key=itemgetter("webhook_id"))  # as settling locks them, so that they do not wait for each other
     total, done = len(new) + len(updated), 0
     for batch in batches(new):
         cursor.executemany(insert, [values_of(row) for row in batch])
@@ -375,7 +377,7 @@ def values_of(row: Row) -> tuple[Any, ...]:
 
 def subscriptions_of(rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
     """In the order of their webhooks: both indexes then grow at their ends."""
-    for row in sorted(rows, key=lambda row: str(row["webhook_id"])):
+    for row in sorted(rows, key=itemgetter("webhook_id")):
         team, webhook_id = row["team"] or "", row["webhook_id"]
         for event in dict.fromkeys(row["event_types"]):
             yield event, team, webhook_id

@@ -24,7 +24,7 @@ from hookline.egress import Client
 from hookline.errors import Conflict, NotFound
 from hookline.events import NewEvent, Published
 from hookline.policy import Rules
-from hookline.registration import Registration, check, check_secret
+from hookline.registration import Registration, check, check_rate, check_secret
 from hookline.storage import storage_of
 from models import Subscription, Webhook, read_time, stored_time
 
@@ -135,7 +135,7 @@ class WebhookManager:
     def register_all(self, registrations: Sequence[Registration]) -> list[str]:
         """Store these webhooks, all or none; returns their new ids, in order. Raises Invalid, Unavailable."""
         for new in registrations:
-            check(new.url, new.events, new.secret, new.team)
+            check(new.url, new.events, new.secret, new.team, new.description)
         now = stored_time(clock.now())
         ids = [str(uuid7()) for _ in registrations]  # ordered by time: new rows share pages, so commits are small
         webhooks = sql.parameter(inserted(id_, new, now) for id_, new in zip(ids, registrations, strict=True))
@@ -206,7 +206,8 @@ class WebhookManager:
             sql.lock_webhooks(self.db, [webhook_id])
             before = self.get(webhook_id)
             after = {**before, **changes}
-            check(after["url"], after["events"], None, after["team"])
+            check(after["url"], after["events"], None, after["team"], after["description"])
+            check_rate(changes.get("rate_limit"))
             values = {name: encoded(name, value) for name, value in changes.items()}
             again = changes.get("enabled") is True and not before["enabled"]
             if changes.get("enabled") is not None and changes["enabled"] != before["enabled"]:

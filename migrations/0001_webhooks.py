@@ -12,8 +12,8 @@ from peewee import (
     BigIntegerField,
     BooleanField,
     CompositeKey,
+    DoubleField,
     Field,
-    FloatField,
     ForeignKeyField,
     IntegerField,
     Model,
@@ -71,7 +71,7 @@ def tables(db):
         failing_since = UtcField(null=True)
         disabled_reason = TextField(null=True)
         retry_schedule = TextField(null=True)
-        rate_limit = FloatField(null=True)
+        rate_limit = DoubleField(null=True)
         ordered = BooleanField(null=True)
 
         class Meta:

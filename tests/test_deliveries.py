@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, history, lanes, policy
+from hookline import WebhookManager, clock, deliveries, events, history, lanes, policy, recovery
 from hookline.errors import Conflict, NotFound
 from hookline.events import Outlet, Published, Slots
 from hookline.lanes import Settled
@@ -128,7 +128,7 @@ def test_a_cancelled_delivery_is_not_made_and_says_why(db: Database, published: 
     with pytest.raises(Conflict, match="cancelled already"):
         deliveries.cancel(db, delivery_id)
     with db.connection_context(), db.atomic():
-        lanes.rewind(db, 60)  # even if its lane came due
+        recovery.rewind(db, 60)  # even if its lane came due
     assert attempt(db) == []
 
 

@@ -15,7 +15,7 @@ import pytest
 from peewee import Database
 from standardwebhooks import Webhook as Oracle
 
-from hookline import WebhookManager, clock, deliveries, events, history, lanes, signing
+from hookline import WebhookManager, clock, deliveries, events, history, lanes, recovery, signing
 from hookline.database import open_database
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -211,6 +211,51 @@ async def test_strict_order_waits_for_the_one_before(db: Database, manager: Webh
     assert [one.data["n"] for one in receiver.received] == [0, 0, 0, 1, 2, 3, 4]
 
 
+async def test_strict_order_keeps_to_the_retry_schedule(
+    db: Database, manager: WebhookManager, receiver: Receiver
+) -> None:
+    receiver.answers["/ordered"] = answering(500, 200)
+    webhook_id = manager.register(f"{receiver.url}/ordered", ["goal"], SECRET)
+    manager.update(webhook_id, {"ordered": True, "retry_schedule": [1.0, 60.0]})
+    start = time.monotonic()
+    async with working(db):
+        manager.send_event("goal", {})
+        ((delivery),) = await until(ended(db))
+    assert (delivery["status"], delivery["attempts"]) == ("succeeded", 2)
+    assert time.monotonic() - start > 0.9  # a step less its jitter, and not the lane's own back-off
+
+
+async def test_what_waits_when_strict_order_begins_is_delivered_too(
+    db: Database, manager: WebhookManager, receiver: Receiver
+) -> None:
+    receiver.answers["/ordered"] = answering(500, 200)
+    webhook_id = manager.register(f"{receiver.url}/ordered", ["goal"], SECRET)
+    async with working(db, Rules(retry_schedule=(0.5,), lease=30, timeout=2, concurrency=16)):
+        manager.send_event("goal", {})
+        await until(lambda: deliveries.page(db)[0]["attempts"] == 1)
+        manager.update(webhook_id, {"ordered": True})
+        manager.send_test(webhook_id)
+        found = await until(ended(db, 2))
+    assert [one["status"] for one in found] == ["succeeded", "succeeded"]
+
+
+async def test_a_small_step_of_the_clock_makes_nothing_due(
+    db: Database, manager: WebhookManager, receiver: Receiver
+) -> None:
+    receiver.answers["/down"] = answering(500, 200)
+    manager.register(f"{receiver.url}/down", ["goal"], SECRET)
+    async with working(db, Rules(retry_schedule=(86400,), lease=3, timeout=1, concurrency=16)) as worker:
+        manager.send_event("goal", {})
+        await until(lambda: deliveries.page(db)[0]["attempts"] == 1)
+        worker._offset += 2
+        await until(lambda: abs(worker._offset - (time.time() - time.monotonic())) < 1)
+        await until(lambda: worker._sweeping is not None and worker._sweeping.done())
+        assert deliveries.page(db)[0]["next_attempt_at"] > clock.now() + timedelta(hours=20)
+        worker._offset += 20
+        ((delivery),) = await until(ended(db))
+    assert (delivery["status"], delivery["attempts"]) == ("succeeded", 2)
+
+
 async def test_a_rate_limit_spaces_deliveries(db: Database, manager: WebhookManager, receiver: Receiver) -> None:
     webhook_id = manager.register(f"{receiver.url}/slow", ["goal"], SECRET)
     manager.update(webhook_id, {"rate_limit": 10.0})
@@ -404,11 +449,29 @@ def test_the_sweep_opens_only_lanes_whose_leases_ran_out(db: Database, manager: 
         events.attach(db, Outlet(lease=lease, slots=lambda: events.Slots(9, 9)))
         with db.connection_context(), db.atomic():
             manager.send_event("goal" if lease < 0 else "none", {})
+    late, after = recovery.overdue(db)
+    assert (len(late), after) == (1, None)
     with db.connection_context(), db.atomic():
-        assert lanes.sweep(db) == 1
+        assert recovery.open_lanes(db, late) == 1
         assert lanes.next_due(db, []) is not None
-        assert lanes.sweep(db) == 0  # it is due already
+        assert recovery.open_lanes(db, late) == 0  # it is due already
+        assert recovery.overdue(db) == ([], None)
         assert db.execute_sql("SELECT count(*) FROM lanes").fetchone()[0] == 1
+
+
+def test_the_sweep_goes_from_webhook_to_webhook_in_short_steps(
+    db: Database, manager: WebhookManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "WEBHOOKS", 2)
+    ids = sorted(manager.register("http://example.com/", ["goal"], SECRET) for _ in range(5))
+    events.attach(db, Outlet(lease=-5.0, slots=lambda: events.Slots(9, 9)))
+    manager.send_event("goal", {})
+    found: list[list[str]] = []
+    after: str | None = ""
+    while after is not None:
+        late, after = recovery.overdue(db, after)
+        found.append(late)
+    assert found == [ids[:2], ids[2:4], ids[4:]]
 
 
 def test_a_claim_costs_the_same_whatever_the_backlog(db: Database, manager: WebhookManager) -> None:

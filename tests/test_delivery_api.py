@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -171,3 +173,27 @@ def test_what_was_accepted_before_a_restart_is_delivered_after_it(serve: Serve, 
     assert receiver.received == []
     serve(ALLOWED_NETWORKS=LOOPBACK)
     assert receiver.wait_for(1)[0].event_id == event_id
+
+
+def cursor(*values: Any) -> str:
+    return base64.urlsafe_b64encode(json.dumps(values).encode()).decode()
+
+
+def test_what_no_database_can_store_is_answered_alike_by_both(server: Server) -> None:
+    webhook_id = create(server, "http://example.com/")
+    client, nul, surrogate = server.client, "a\0b", "\ud800"
+    for path in ("webhooks/a%00b", "events/a%00b", "events/a%00b/explain", "deliveries/a%00b"):
+        assert client.get(f"/api/v1/{path}").status_code == 404
+    for change in (client.delete, client.patch):
+        assert change("/api/v1/webhooks/a%00b").status_code in (404, 405)
+    for text in (nul, surrogate):
+        published = client.post("/api/v1/events", content=json.dumps({"event_type": "a", "data": {"team": text}}))
+        assert (published.status_code, published.json()["deliveries"]) == (202, 0)
+        for path in ("webhooks", "events"):
+            place = cursor("2026-01-01T00:00:00", text)
+            assert client.get(f"/api/v1/{path}", params={"cursor": place}).status_code == 422
+    assert client.get("/api/v1/deliveries", params={"cursor": cursor(2**63)}).status_code == 422
+    for since in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        answer = client.post(f"/api/v1/webhooks/{webhook_id}/replay", json={"since": since})
+        assert (answer.status_code, "years 1 to 9999" in answer.text) == (422, True)
+    assert client.patch(f"/api/v1/webhooks/{webhook_id}", json={"rate_limit": 1e-50}).status_code == 422

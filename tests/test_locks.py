@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, history, lanes, policy
+from hookline import WebhookManager, clock, deliveries, events, history, lanes, policy, recovery
 from hookline.database import open_database
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.errors import Conflict, Unavailable
 from hookline.events import NewEvent, Published
+from hookline.failures import LOCKED, error_name
 from hookline.lanes import Job, Settled
 from hookline.notices import Notices
 from hookline.policy import Result, Rules
@@ -33,6 +34,7 @@ from tests.databases import Place, execute, wait_for_a_waiter
 from tests.receiver import Receiver
 
 LONG_AGO = clock.now() - timedelta(days=1)
+IN_THE_PAST = f"'{stored_time(LONG_AGO)}'"
 ROUNDS = 20
 
 
@@ -98,7 +100,7 @@ async def test_a_callers_long_transaction_holds_up_neither_the_worker_nor_other_
     with application.connection_context():
         with application.atomic():
             events.publish_one(application, NewEvent("mine", {"n": 1}, "key"))
-            await storage.write(lanes.sweep, db)
+            assert await storage.scan(recovery.overdue, db) == ([], None)
             same_key = asyncio.ensure_future(publish(NewEvent("mine", {"n": 1}, "key")))
             await asyncio.to_thread(wait_for_a_waiter, place.url)
             assert (await publish(NewEvent("mine", {"n": 2}))).deliveries == 1
@@ -301,3 +303,100 @@ async def test_a_socket_that_takes_the_number_of_a_lost_connections_is_left_alon
     ours.close()
     theirs.close()
     await notices.stop()
+
+
+@only_postgres
+async def test_a_webhook_that_somebody_holds_keeps_no_other_from_being_recorded_and_is_sent_once(
+    place: Place, db: Database, manager: WebhookManager, receiver: Receiver
+) -> None:
+    """Longer than a lease: the results wait, and count when they can be recorded."""
+    held = manager.register(f"{receiver.url}/held", ["held"], SECRET)
+    free = manager.register(f"{receiver.url}/free", ["free"], SECRET)
+    gone = manager.register(f"{receiver.url}/gone", ["gone"], SECRET)
+    storage = storage_of(db)
+    rules = Rules(lease=4, timeout=1, concurrency=6)
+    worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=1), rules)
+    await storage.start()
+    await worker.start()
+
+    async def recorded(webhook_id: str, count: int) -> None:
+        for _ in range(1000):
+            if (await storage.read(manager.get, webhook_id))["total_calls"] == count:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"{count} deliveries were not recorded")
+
+    with another(place) as other:
+        for one in (held, gone):
+            assert other.execute_sql(
+                "SELECT 1 FROM webhooks WHERE webhook_id = %s FOR NO KEY UPDATE", (one,)
+            ).fetchone()
+        for number in range(2):
+            manager.send_event("held", {"n": number})
+            manager.send_event("gone", {"n": number})
+        await asyncio.to_thread(receiver.wait_for, 4)
+        for number in range(60):
+            manager.send_event("free", {"n": number})
+            await asyncio.sleep(0.1)
+        await recorded(free, 60)
+        assert (await storage.read(manager.get, held))["total_calls"] == 0
+        other.execute_sql("DELETE FROM webhooks WHERE webhook_id = %s", (gone,))
+        other.commit()
+        other.begin()
+    await recorded(held, 2)
+    await worker.stop()
+    await storage.stop()
+    assert worker._aside == {}
+    assert [len(receiver.at(f"/{name}")) for name in ("held", "gone", "free")] == [2, 2, 60]
+
+
+@only_postgres
+def test_a_lane_that_is_held_for_long_does_not_hold_up_a_claim_for_long(
+    place: Place, db: Database, manager: WebhookManager, webhook_id: str
+) -> None:
+    manager.send_event("goal", {})
+    with another(place) as other, ThreadPoolExecutor(1) as thread:
+        assert free_to_lock(other, "SELECT 1 FROM lanes")
+        refused = thread.submit(claim, db).exception(5)  # and not only when its statement times out
+        assert refused is not None and error_name(refused) == LOCKED
+        with db.connection_context():
+            assert db.execute_sql("SHOW lock_timeout").fetchone() == ("10s",)
+    assert [job.webhook_id for job in claim(db)] == [webhook_id]
+
+
+def test_what_was_begun_before_strict_order_leaves_its_closed_lane_alone(
+    db: Database, manager: WebhookManager, webhook_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "LANE_BACKOFF", 0)
+    manager.send_event("goal", {"n": 1})
+    (before,) = claim(db)
+    manager.update(webhook_id, {"ordered": True})
+    manager.send_event("goal", {"n": 2})
+    manager.send_event("goal", {"n": 3})
+    (first,) = claim(db)
+    write_now(db, lanes.settle, db, [settled(before, 500)], stored_time(LONG_AGO))
+    with db.connection_context():
+        db.execute_sql(f"UPDATE deliveries SET next_attempt_at = {IN_THE_PAST} WHERE status = 'pending' AND NOT leased")
+    assert claim(db) == []
+    write_now(db, lanes.settle, db, [settled(first)], stored_time(LONG_AGO))
+    assert [job.event_id for job in claim(db)] != [first.event_id]
+
+
+def test_a_clock_that_goes_far_back_opens_no_lane_in_which_one_is_made_in_order(
+    db: Database, manager: WebhookManager, webhook_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = manager.register("http://127.0.0.1:9/", ["other"], SECRET)
+    manager.update(webhook_id, {"ordered": True})
+    manager.send_event("goal", {"n": 1})
+    manager.send_event("other", {"n": 2})
+    now = clock.now()
+    monkeypatch.setattr(clock, "now", lambda: now + timedelta(days=1))
+    failed = [settled(job, 500) for job in claim(db) if job.webhook_id == other]
+    write_now(db, lanes.settle, db, failed, stored_time(LONG_AGO))
+    monkeypatch.setattr(clock, "now", lambda: now)
+    assert claim(db) == []
+    while write_now(db, recovery.rewind, db, 60):
+        pass
+    assert [job.webhook_id for job in claim(db)] == [other]
+    monkeypatch.setattr(clock, "now", lambda: now + timedelta(seconds=61))
+    assert {job.webhook_id for job in claim(db)} == {webhook_id, other}

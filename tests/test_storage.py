@@ -6,7 +6,9 @@ import asyncio
 import re
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from peewee import Database
 
 import models
 from hookline import WebhookManager, schema
-from hookline.database import is_postgres, open_database, require_reachable
-from hookline.errors import Invalid, Unavailable
+from hookline.database import connected, is_postgres, open_database, require_reachable
+from hookline.errors import Invalid, NotFound, Unavailable
 from hookline.registration import Registration
 from hookline.storage import Storage, storage_of
 from tests.conftest import SECRET, only_postgres, only_sqlite
@@ -396,3 +398,66 @@ async def test_a_notice_of_another_process_is_heard_also_after_the_connection_wa
         heard.clear()
         await asyncio.to_thread(end_connections, place)
     await telling.stop()
+
+
+@only_postgres
+def test_a_caller_is_told_when_the_commit_was_lost(place: Place, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = db.commit
+
+    def commit_and_lose_the_answer() -> None:
+        committed()
+        end_connections(place)
+        db.execute_sql("SELECT 1")
+
+    monkeypatch.setattr(db, "commit", commit_and_lose_the_answer)
+    with pytest.raises(Unavailable, match="it may have been stored, or not"):
+        WebhookManager(db=db).register("http://example.com/", ["a"], SECRET)
+    with db.connection_context():
+        assert count(db) == 1
+
+
+@only_postgres
+def test_a_pool_that_is_closed_while_a_connection_is_made_leaves_none_open(
+    place: Place, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, connecting, closed = db._adapter.connect, threading.Event(), threading.Event()  # type: ignore[attr-defined]
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        connecting.set()
+        assert closed.wait(20)
+        return connect(*arguments, **options)
+
+    def read() -> None:
+        with connected(db):
+            db.execute_sql("SELECT 1")
+
+    monkeypatch.setattr(db._adapter, "connect", slowly)  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read)
+        assert connecting.wait(20)
+        db.close_all()  # type: ignore[attr-defined]
+        closed.set()
+        with pytest.raises(Unavailable):
+            reading.result(20)
+    ours = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'hookline'"
+    for _ in range(1000):
+        if execute(place.url, ours) == [(0,)]:
+            return
+        time.sleep(0.01)
+    raise AssertionError("a connection was left open")
+
+
+def test_values_that_no_database_can_store_are_refused_without_being_shown(db: Database) -> None:
+    manager = WebhookManager(db=db)
+    for text in ("a\0b", "a\ud800b"):
+        with pytest.raises(Invalid, match="description must not contain"):
+            manager.register("http://example.com/", ["a"], SECRET, description=text)
+        assert manager.send_event("goal", {"team": text}).deliveries == 0
+    with (
+        pytest.raises(Invalid, match="cannot store one of these values") if is_postgres(db) else pytest.raises(NotFound)
+    ):
+        manager.get("a\0b")
+    webhook_id = manager.register("http://example.com/", ["a"], SECRET)
+    for rate in (0, -1.0, 1e-50, 1e9):
+        with pytest.raises(Invalid, match=r"rate_limit must be from 0\.0001 to 10000"):
+            manager.update(webhook_id, {"rate_limit": rate})

@@ -18,7 +18,7 @@ from hookline import WebhookManager
 from hookline.database import open_database
 from hookline.errors import Invalid, Unavailable
 from hookline.transfer import Report, export_file, import_file
-from tests.conftest import DATA, manage, only_sqlite
+from tests.conftest import DATA, manage, only_postgres, only_sqlite
 from tests.databases import Place
 
 SECRET = "a-secret-that-no-one-may-see"
@@ -195,6 +195,20 @@ def test_the_older_list_form_is_read(db: Database, file: Path) -> None:
     with pytest.raises(Invalid) as caught:
         import_file(db, file)
     assert len(caught.value.problems) == 4
+
+
+@only_postgres
+def test_an_import_that_meets_a_lock_says_so_and_changes_nothing(place: Place, file: Path) -> None:
+    assert manage(place, "import", str(file)).returncode == 0
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({name: entry | {"total_calls": 77} for name, entry in document.items()}))
+    other = open_database(place.url)
+    with other.connection_context(), other.atomic():
+        other.execute_sql("SELECT 1 FROM webhooks FOR NO KEY UPDATE")
+        done = manage(place, "import", str(file))
+    other.close_all()  # type: ignore[attr-defined]
+    assert (done.returncode, done.stderr) == (1, "Error: the database is busy; nothing was stored, try again\n")
+    assert "26 updated" in manage(place, "import", str(file)).stdout
 
 
 @only_sqlite

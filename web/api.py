@@ -212,10 +212,10 @@ async def cancel_delivery(request: Request) -> Response:
     return Json(await storage.write(deliveries.cancel, storage.db, delivery_id_of(request)))
 
 
-class WebhookId(Convertor[str]):
-    """Any segment but the names of the two routes beside it, which must answer 405 to other methods."""
+class Id(Convertor[str]):
+    """Any segment that could be an id: the databases do not agree on NUL."""
 
-    regex = "(?!(?:register|list)$)[^/]+"
+    regex = r"[^/\x00]+"
 
     def convert(self, value: str) -> str:
         return value
@@ -224,6 +224,13 @@ class WebhookId(Convertor[str]):
         return value
 
 
+class WebhookId(Id):
+    """Nor the names of the two routes beside it, which must answer 405 to other methods."""
+
+    regex = rf"(?!(?:register|list)$){Id.regex}"
+
+
+register_url_convertor("id", Id())
 register_url_convertor("webhook", WebhookId())
 
 routes: list[BaseRoute] = [  # the busiest first: they are tried in order
@@ -239,8 +246,8 @@ routes: list[BaseRoute] = [  # the busiest first: they are tried in order
     Route("/api/v1/webhooks/{webhook_id:webhook}/replay", replay, methods=["POST"]),
     Route("/api/v1/events", publish, methods=["POST"]),
     Route("/api/v1/events", list_events, methods=["GET"]),
-    Route("/api/v1/events/{event_id}", get_event, methods=["GET"]),
-    Route("/api/v1/events/{event_id}/explain", explain, methods=["GET"]),
+    Route("/api/v1/events/{event_id:id}", get_event, methods=["GET"]),
+    Route("/api/v1/events/{event_id:id}/explain", explain, methods=["GET"]),
     Route("/api/v1/deliveries", list_deliveries, methods=["GET"]),
     Route("/api/v1/deliveries/{delivery_id}", get_delivery, methods=["GET"]),
     Route("/api/v1/deliveries/{delivery_id}/retry", retry_delivery, methods=["POST"]),

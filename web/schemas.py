@@ -6,7 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError, PydanticUseDefault, from_json, to
 from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
 
-from hookline.registration import MAX_EVENTS, MAX_NAME, MIN_SECRET, secret_problem
+from hookline.registration import MAX_EVENTS, MAX_NAME, MAX_RATE, MIN_RATE, MIN_SECRET, secret_problem, text_problem
 from hookline.webhooks import MASK
 
 SECRET_NAMES = ("secret", "headers")  # what a 422 must not echo
@@ -88,6 +88,8 @@ def opened(cursor: Any, *kinds: type) -> list[Any]:
         values = None
     if not isinstance(values, list) or [type(value) for value in values] != list(kinds):
         raise PydanticCustomError("cursor", "Cursor should be a next_cursor of this listing")
+    if any(text_problem(value) if isinstance(value, str) else value >= 2**63 for value in values):
+        raise PydanticCustomError("cursor", "Cursor should be a next_cursor of this listing")
     return values
 
 
@@ -107,6 +109,14 @@ def opened_number(cursor: Any) -> Any:
     return opened(cursor, int)[0]
 
 
+def utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise PydanticCustomError("time_range", "Time should be in the years 1 to 9999 of UTC") from None
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(utc)]
 Place = Annotated[tuple[datetime, str], BeforeValidator(opened_place)]
 
 
@@ -157,7 +167,7 @@ class WebhookChanges(WebhookFields):
     headers: Headers | None = None
     enabled: bool = NOT_GIVEN
     retry_schedule: Annotated[list[Seconds], Field(min_length=1, max_length=50)] | None = None
-    rate_limit: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    rate_limit: Annotated[float, Field(ge=MIN_RATE, le=MAX_RATE)] | None = None
     ordered: bool = NOT_GIVEN
 
     def given(self) -> dict[str, Any]:
@@ -186,8 +196,8 @@ class Replay(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    since: AwareDatetime
-    until: AwareDatetime | None = None
+    since: Moment
+    until: Moment | None = None
     status: Literal["failed", "all"] = "failed"
     dry_run: bool = False
 
