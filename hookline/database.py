@@ -238,9 +238,11 @@ class connected:  # a class, because it is on every path
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
         if self.opened:
             self.db.close()
+        if exc is None:
+            return
         if isinstance(exc, FAILURES) or (isinstance(exc, DatabaseError) and error_name(exc) in OF_OPERATORS):
             raise Unavailable(sentence_for(exc)) from exc
-        if isinstance(exc, DataError | UnicodeEncodeError):  # whose own words may quote a secret
+        if isinstance(exc, (DataError, UnicodeEncodeError)):  # whose own words may quote a secret
             raise Invalid(f"the database cannot store one of these values: {UNSTORABLE}") from exc
 
 
