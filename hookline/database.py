@@ -22,6 +22,7 @@ from peewee import (
     DatabaseError,
     DataError,
     IntegrityError,
+    OperationalError,
     PostgresqlDatabase,
     Psycopg3Adapter,
 )
@@ -178,7 +179,6 @@ class PostgresPool(PooledPostgresqlDatabase):  # type: ignore[misc]
         connection = None
         try:
             connection = PostgresqlDatabase._connect(self)  # type: ignore[attr-defined]  # the pool's holds its lock
-            return connection
         finally:
             with self._pool_lock:
                 closed = self._in_use.pop(id(reserved), None) is None  # by `close_all`, meanwhile
@@ -186,8 +186,10 @@ class PostgresPool(PooledPostgresqlDatabase):  # type: ignore[misc]
                     self._pool_available.notify()
                 elif not closed:
                     self._in_use[id(connection)] = PoolConnection(time.time(), connection, time.time())
-            if closed and connection is not None:
-                connection.close()  # who uses it is told so
+        if closed:
+            connection.close()
+            raise OperationalError("the pool was closed")
+        return connection
 
 
 def is_postgres(db: Database) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from datetime import timedelta
 from peewee import Database
 
 from hookline import clock, events, lanes, policy, recovery, retention, signing
+from hookline.database import LOCK_TIMEOUT
 from hookline.egress import Client
 from hookline.errors import Unavailable
 from hookline.events import Wake
@@ -33,6 +35,7 @@ log = logging.getLogger("hookline")
 CROWDED = 0.02  # seconds until the next look where others hold the lanes that are due
 POLL = 0.5  # seconds between looks for what other processes queued
 MARGIN = 1.0  # seconds of a lease that are left for settling
+JUMP = 60.0  # seconds that the clock may go back before what waits is looked through
 AGAIN = 1.0  # seconds between tries while the database cannot be used
 
 
@@ -50,10 +53,12 @@ class Worker:
         self._settled: list[Settled] = []  # what has come back and is not recorded yet
         self._recording: asyncio.Task[None] | None = None
         self._aside: dict[str, list[Settled]] = {}  # of webhooks that somebody else holds
+        self._aside_count = 0  # how many they are
         self._recording_aside: asyncio.Task[None] | None = None
         self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
         self._backlog = False  # is more due than we had slots for?
         self._stopping = False
+        self._stop_by = math.inf  # of time.monotonic(): when to give up what somebody else keeps us from recording
         self._problem = ""  # why the last look for deliveries failed
         self._next_sweep = 0.0  # of time.monotonic()
         self._sweeping: asyncio.Task[None] | None = None
@@ -78,12 +83,14 @@ class Worker:
     async def stop(self, grace: float = 5) -> None:
         """Claim nothing more, give what is in flight `grace` seconds, and release the rest for other workers."""
         self._stopping = True
+        self._stop_by = time.monotonic() + LOCK_TIMEOUT
         for_others = events.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
         events.attach(self.db, for_others)
         self._awake.set()
         self._purging.cancel()
         if self._sweeping is not None:
             self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
         await self._running
         while self._taking or self._coming:
             await asyncio.gather(asyncio.sleep(0), *self._taking, return_exceptions=True)
@@ -113,15 +120,19 @@ class Worker:
 
     @property
     def _free(self) -> int:
-        return 0 if self._stopping else max(self.rules.concurrency - len(self._jobs) - self._coming, 0)
+        if self._stopping:
+            return 0
+        aside = min(self._aside_count, self.rules.concurrency)  # so many hold no slot: their webhooks get no more
+        return max(self.rules.concurrency + aside - len(self._jobs) - self._coming, 0)
 
     @property
     def _busy(self) -> list[str]:
-        """The webhooks that have half of our slots."""
+        """The webhooks that have half of our slots, and those whose results we cannot record."""
+        aside = list(self._aside)
         if len(self._jobs) + self._coming < self.rules.share:
-            return []
+            return aside
         with self._lock:
-            return [webhook_id for webhook_id, held in self._held.items() if held >= self.rules.share]
+            return aside + [webhook_id for webhook_id, held in self._held.items() if held >= self.rules.share]
 
     def _take(self, wake: Wake) -> None:
         if wake.leased:
@@ -197,7 +208,7 @@ class Worker:
         now = time.monotonic()
         went_back = self._offset - (time.time() - now)
         self._offset -= went_back
-        if went_back > self.rules.lease:  # less is no more than a wait
+        if went_back > JUMP:  # less is no more than a wait
             log.warning("the clock went back by %.0f s", went_back)
             self._rewind, self._next_sweep = True, 0
         if now >= self._next_sweep and (self._sweeping is None or self._sweeping.done()):
@@ -207,8 +218,8 @@ class Worker:
     async def _sweep(self) -> None:
         """In short steps, beside looking for what is due."""
         try:
-            while self._rewind:
-                self._rewind = await self.storage.write(recovery.rewind, self.db, self.rules.lease)
+            if self._rewind:
+                await self._bring_forward()
             after: str | None = ""
             while after is not None:
                 late, after = await self.storage.scan(recovery.overdue, self.db, after)
@@ -219,6 +230,17 @@ class Worker:
             log.warning("leases that ran out are looked for later: %s", exc)
         except Exception:  # whatever it is, the next one comes
             log.exception("looking for leases that ran out failed")
+
+    async def _bring_forward(self) -> None:
+        """What a clock that went back would hold up; all of it again, later, if that fails."""
+        self._rewind = False
+        try:
+            for batch in await self.storage.scan(recovery.far_ahead, self.db, self.rules.lease):
+                await self.storage.write(recovery.bring_forward, self.db, self.rules.lease, *batch)
+        except BaseException:
+            self._rewind = True
+            raise
+        self._awake.set()
 
     async def _sleep(self, seconds: float) -> None:
         try:
@@ -306,6 +328,7 @@ class Worker:
             self._end_all(batch, but=held)
             for one in held:
                 self._aside.setdefault(one.job.webhook_id, []).append(one)
+            self._aside_count += len(held)
             if held and self._recording_aside is None:
                 self._recording_aside = self._loop.create_task(self._record_aside())
         self._recording = None
@@ -316,8 +339,10 @@ class Worker:
             await asyncio.sleep(AGAIN)
             for webhook_id, batch in list(self._aside.items()):
                 self._aside[webhook_id] = []  # still there: what comes back meanwhile is put aside too
-                held = self._still_ours(await self._settle(batch, only_free=True), "somebody else holds their webhook")
+                held = await self._settle(batch, only_free=True)
+                held = self._still_ours(held, "somebody else holds their webhook", time.monotonic() > self._stop_by)
                 self._end_all(batch, but=held)
+                self._aside_count -= len(batch) - len(held)
                 self._aside[webhook_id] += held
                 if not self._aside[webhook_id]:
                     del self._aside[webhook_id]
@@ -331,7 +356,7 @@ class Worker:
                 return await self.storage.write(lanes.settle, self.db, batch, cutoff, only_free)
             except Unavailable as exc:
                 if error_name(exc) != LOCKED:
-                    batch = self._still_ours(batch, str(exc))
+                    batch = self._still_ours(batch, str(exc), self._stopping)
                     await asyncio.sleep(AGAIN if batch else 0)
                 elif only_free:
                     return batch
@@ -342,9 +367,9 @@ class Worker:
                 return []
         return []
 
-    def _still_ours(self, batch: list[Settled], why: str) -> list[Settled]:
+    def _still_ours(self, batch: list[Settled], why: str, give_up: bool) -> list[Settled]:
         """Those that may be recorded later: failures while they are leased to us, successes as long as we run."""
-        found = [] if self._stopping else [one for one in batch if one.is_success or not self._is_over(one.job)]
+        found = [] if give_up else [one for one in batch if one.is_success or not self._is_over(one.job)]
         if lost := len(batch) - len(found):
             log.error("the results of %s deliveries are lost, they will be made again: %s", lost, why)
         return found

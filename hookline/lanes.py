@@ -46,8 +46,13 @@ class Job(NamedTuple):
     event_time: str  # the `timestamp` in the body
     leased_at: float  # of time.monotonic()
     failures: int = 0  # of its lane, in a row
-    exclusive: bool = False  # is the lane closed until it is settled?
+    closed_until: str | None = None  # the lane, for this delivery alone
     opens_at: str | None = None  # the lane, by its rate limit
+
+    @property
+    def exclusive(self) -> bool:
+        """Is the lane closed until it is settled?"""
+        return self.closed_until is not None
 
     def own_headers(self) -> dict[str, str]:
         return dict(json.loads(self.headers)) if self.headers else {}
@@ -70,7 +75,7 @@ def load(
     db: Database,
     leased: Sequence[tuple[int, str]],
     since: float,
-    lanes: Mapping[str, tuple[int, bool, str | None]] | None = None,
+    lanes: Mapping[str, tuple[int, str | None, str | None]] | None = None,
 ) -> list[Job]:
     """The jobs of these deliveries (id, end of the lease), as far as they are committed and still leased.
 
@@ -84,7 +89,7 @@ def load(
         event_id: (event_type, payload.encode(), clock.legacy_time(read_time(created_at)), since)
         for event_id, event_type, payload, created_at in rows
     }
-    none = (0, False, None)
+    none = (0, None, None)
     return [Job._make((*row, *contents[row[2]], *(lanes[row[1]] if lanes else none))) for row in found]
 
 
@@ -118,7 +123,7 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
         sql.wait_briefly(db)
         due = db.execute_sql(due_sql(db, sql.locked(db, "l"), at_once=1), given).fetchall()
     leased: list[tuple[int, str]] = []
-    lanes: dict[str, tuple[int, bool, str | None]] = {}
+    lanes: dict[str, tuple[int, str | None, str | None]] = {}
     for webhook_id, failures, enabled, ordered, rate_limit in due:
         if not enabled:
             _cancel_some(db, webhook_id, now)
@@ -129,10 +134,10 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
         if budget <= 0:
             continue
         ids = _lease(db, webhook_id, bool(ordered), budget, stored_time(now), lost)
-        exclusive = bool(failures or ordered)
+        closed_until = lost if ids and (failures or ordered) else None
         opens = stored_time(now + policy.lane_rest(len(ids), rate_limit)) if rate_limit and ids else None
-        _move_on(db, webhook_id, now, lost if exclusive and ids else opens, more=len(ids) == budget)
-        lanes[webhook_id] = (failures, exclusive, opens)
+        _move_on(db, webhook_id, now, closed_until or opens, more=len(ids) == budget)
+        lanes[webhook_id] = (failures, closed_until, opens)
         leased += [(delivery_id, lost) for delivery_id in ids]
     return load(db, leased, since, lanes) if leased else []
 
@@ -304,37 +309,44 @@ def _counts(settled: Iterable[Settled]) -> list[list[Any]]:
 
 @lru_cache(maxsize=8)
 def lanes_sql(db: Database) -> str:
-    """What was begun before strict order was asked for leaves the lane alone while one delivery is made in order."""
-    rows = sql.rows(db, "id", "due timestamptz", "opens timestamptz", "failed integer", "exclusive boolean")
+    """With strict order a lane that rests is changed only by the delivery for which it was closed.
+
+    So neither what was begun before, nor what is settled a second time, opens it while another one is made.
+    """
+    rows = sql.rows(db, "id", "due timestamptz", "opens timestamptz", "failed integer", "closed timestamptz")
     sooner = sql.sooner(db, "lanes.due_at", "excluded.due_at")
     more = sql.later(db, "lanes.failures", "excluded.failures")
     return f"""
+        WITH changes AS (
+            SELECT given.id, due, opens, failed, closed, coalesce(w.ordered, FALSE) AS in_order
+            FROM {rows} CROSS JOIN webhooks w WHERE w.webhook_id = given.id)
         INSERT INTO lanes (webhook_id, due_at, open_at, failures)
-        SELECT w.webhook_id, given.due, given.opens, given.failed
-        FROM {rows} CROSS JOIN webhooks w
-        WHERE w.webhook_id = given.id AND (given.exclusive OR NOT coalesce(w.ordered, FALSE) OR NOT EXISTS (
-            SELECT 1 FROM lanes WHERE lanes.webhook_id = w.webhook_id AND lanes.open_at > {sql.moment(db)}
-            AND EXISTS {events.MADE_IN_ORDER}))
-        ORDER BY w.webhook_id
+        SELECT id, due, opens, failed FROM changes WHERE TRUE ORDER BY id
         ON CONFLICT (webhook_id) DO UPDATE SET open_at = excluded.open_at,
             failures = CASE WHEN excluded.failures = 0 THEN 0 ELSE {more} END,
-            due_at = CASE WHEN excluded.open_at IS NULL THEN {sooner} ELSE excluded.due_at END"""
+            due_at = CASE WHEN excluded.open_at IS NULL THEN {sooner} ELSE excluded.due_at END
+        WHERE NOT coalesce(lanes.open_at > {sql.moment(db)}, FALSE) OR NOT EXISTS (
+            SELECT 1 FROM changes c WHERE c.id = lanes.webhook_id AND c.in_order
+            AND (c.closed IS NULL OR c.closed <> lanes.open_at))"""
 
 
 def _lanes_after(settled: Iterable[Settled], now: str) -> list[list[Any]]:
     """The lanes to change: of what is tried again, and those that were closed for the attempt. Most need none."""
     found: dict[str, list[Any]] = {}
-    for job, _, settlement in settled:
-        if settlement.outcome is Outcome.SUCCEEDED and not job.exclusive:
-            if job.webhook_id in found:
-                found[job.webhook_id][2:4] = [None, 0]  # it works again
-            continue
+    for job, _, settlement in sorted(settled, key=lambda one: not one.job.exclusive):
+        before = found.get(job.webhook_id)
+        if before is not None and before[4] is not None and not job.exclusive:
+            continue  # the lane was closed for another one, whose result says what becomes of it
         failed = settlement.outcome is not Outcome.SUCCEEDED
+        if not failed and not job.exclusive:
+            if before is not None:
+                before[2:4] = [None, 0]  # it works again
+            continue
         times = [settlement.lane_opens_at, settlement.next_attempt_at if job.ordered else None, read_time(job.opens_at)]
         latest = max((one for one in times if one is not None), default=None)
         opens = None if latest is None else stored_time(latest)
-        exclusive = job.exclusive or (job.webhook_id in found and found[job.webhook_id][4])
-        found[job.webhook_id] = [job.webhook_id, opens or now, opens, job.failures + 1 if failed else 0, exclusive]
+        failures = job.failures + 1 if failed else 0
+        found[job.webhook_id] = [job.webhook_id, opens or now, opens, failures, job.closed_until]
     return list(found.values())
 
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
-from peewee import Database, Model
+from peewee import Database
 
 from hookline import clock, events, sql
 from hookline.database import connected
-from models import Delivery, Lane, stored_time
+from models import stored_time
 
 WEBHOOKS = 1000  # looked at in one go
-ROWS = 1000  # of each kind, changed in one unit of work
+ROWS = 1000  # changed in one unit of work
 
 
 def overdue(db: Database, after: str = "") -> tuple[list[str], str | None]:
@@ -55,32 +54,55 @@ def open_lanes(db: Database, webhook_ids: Sequence[str]) -> int:
     return len(db.execute_sql(statement, (stored_time(clock.now()), sql.ids(webhook_ids))).fetchall())
 
 
-def rewind(db: Database, lease: float) -> bool:
-    """The clock went far back: what was to wait until then is due now, and a lease is no longer than a lease.
+def far_ahead(db: Database, lease: float) -> list[tuple[list[int], list[str]]]:
+    """After the clock went far back: the deliveries and the lanes whose time is later than it may be, in batches.
 
-    Inside a unit of work; returns whether more is left. A lane in which a delivery is being made in order stays closed
-    for a lease at most.
+    What waits may be due now, and a lease is no longer than a lease. Raises Unavailable.
     """
+    now, lost = _now_and_lost(lease)
+    with connected(db):
+        deliveries = db.execute_sql(f"SELECT delivery_id FROM deliveries WHERE {_late(db)}", (now, lost)).fetchall()
+        lanes = db.execute_sql(f"SELECT webhook_id FROM lanes WHERE {_closed(db)}", (now, lost)).fetchall()
+    batches: list[tuple[list[int], list[str]]] = []
+    batches += [([row[0] for row in deliveries[at : at + ROWS]], []) for at in range(0, len(deliveries), ROWS)]
+    batches += [([], [row[0] for row in lanes[at : at + ROWS]]) for at in range(0, len(lanes), ROWS)]
+    return batches
+
+
+def bring_forward(db: Database, lease: float, delivery_ids: Sequence[int], webhook_ids: Sequence[str]) -> None:
+    """Set the times of such a batch as they should be, unless they have changed. Inside a unit of work.
+
+    A lane in which a delivery is being made in order stays closed for a lease at most.
+    """
+    now, lost = _now_and_lost(lease)
+    moment = sql.moment(db)
+    sql.wait_briefly(db)
+    db.execute_sql(
+        f"UPDATE deliveries SET next_attempt_at = CASE WHEN leased THEN {moment} ELSE {moment} END "
+        f"WHERE delivery_id IN (SELECT id FROM {sql.rows(db, 'id bigint')}) AND {_late(db)}",
+        (lost, now, sql.ids(delivery_ids), now, lost),
+    )
+    until = f"CASE WHEN EXISTS {events.MADE_IN_ORDER} THEN {moment} ELSE {moment} END"
+    db.execute_sql(
+        f"UPDATE lanes SET due_at = {until}, open_at = {until} "
+        f"WHERE webhook_id IN (SELECT id FROM {sql.rows(db, 'id')}) AND {_closed(db)}",
+        (lost, now, lost, now, sql.ids(webhook_ids), now, lost),
+    )
+
+
+def _now_and_lost(lease: float) -> tuple[str, str]:
     now = clock.now()
-    soon, lost = stored_time(now), stored_time(now + timedelta(seconds=lease))
+    return stored_time(now), stored_time(now + timedelta(seconds=lease))
+
+
+def _late(db: Database) -> str:
+    moment = sql.moment(db)
+    return (
+        f"status = 'pending' AND (NOT leased AND next_attempt_at > {moment} OR leased AND next_attempt_at > {moment})"
+    )
+
+
+def _closed(db: Database) -> str:
+    moment = sql.moment(db)
     made = f"EXISTS {events.MADE_IN_ORDER}"
-    changed = [
-        _bring_forward(db, Delivery, ["next_attempt_at"], "status = 'pending' AND NOT leased", soon),
-        _bring_forward(db, Delivery, ["next_attempt_at"], "status = 'pending' AND leased", lost),
-        _bring_forward(db, Lane, ["due_at", "open_at"], f"NOT {made}", soon),
-        _bring_forward(db, Lane, ["due_at", "open_at"], made, lost),
-    ]
-    return any(changed)
-
-
-def _bring_forward(db: Database, model: type[Model], columns: Sequence[str], condition: str, to: str) -> bool:
-    """Set the times in these columns, of the next rows in which the first of them is later; were there any?"""
-    meta: Any = model._meta
-    table, key, moment = meta.table_name, meta.primary_key.column_name, sql.moment(db)
-    statement = f"""
-        WITH batch AS MATERIALIZED (
-            SELECT {key} FROM {table} WHERE {columns[0]} > {moment} AND {condition}
-            LIMIT {ROWS}{sql.skip_locked(db, table)})
-        UPDATE {table} SET {", ".join(f"{column} = {moment}" for column in columns)}
-        WHERE {key} IN (SELECT {key} FROM batch) RETURNING {key}"""
-    return bool(db.execute_sql(statement, (to, *[to] * len(columns))).fetchall())
+    return f"(NOT {made} AND lanes.due_at > {moment} OR {made} AND lanes.due_at > {moment})"

@@ -251,9 +251,31 @@ async def test_a_small_step_of_the_clock_makes_nothing_due(
         await until(lambda: abs(worker._offset - (time.time() - time.monotonic())) < 1)
         await until(lambda: worker._sweeping is not None and worker._sweeping.done())
         assert deliveries.page(db)[0]["next_attempt_at"] > clock.now() + timedelta(hours=20)
-        worker._offset += 20
+        worker._offset += 100
         ((delivery),) = await until(ended(db))
     assert (delivery["status"], delivery["attempts"]) == ("succeeded", 2)
+
+
+async def test_a_clock_that_goes_far_back_costs_one_retry(
+    db: Database, manager: WebhookManager, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails again meanwhile waits as long as it should."""
+
+    def attempts() -> set[int]:
+        return {one["attempts"] for one in deliveries.page(db, limit=200)}
+
+    monkeypatch.setattr(recovery, "ROWS", 2)
+    receiver.answers["/down"] = answering(500)
+    for _ in range(50):
+        manager.register(f"{receiver.url}/down", ["goal"], SECRET)
+    async with working(db, Rules(retry_schedule=(86400,) * 9, lease=10, timeout=5, concurrency=200)) as worker:
+        manager.send_event("goal", {})
+        await until(lambda: attempts() == {1})
+        worker._offset += 100
+        await until(lambda: attempts() == {2})
+        await until(lambda: worker._sweeping is not None and worker._sweeping.done() and not worker._rewind)
+        await asyncio.sleep(0.5)
+        assert attempts() == {2}
 
 
 async def test_a_rate_limit_spaces_deliveries(db: Database, manager: WebhookManager, receiver: Receiver) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,9 +47,9 @@ def claim(db: Database) -> list[Job]:
     return write_now(db, lanes.claim, db, Rules(), 10, {}, [])
 
 
-def settled(job: Job, status_code: int = 200) -> Settled:
+def settled(job: Job, status_code: int = 200, schedule: tuple[float, ...] = (5,)) -> Settled:
     result = Result(clock.now(), 5, status_code, None, "said")
-    return Settled(job, result, policy.settle(result, attempts=1, failures=0, schedule=(5,), now=clock.now()))
+    return Settled(job, result, policy.settle(result, attempts=1, failures=0, schedule=schedule, now=clock.now()))
 
 
 @contextmanager
@@ -305,49 +305,78 @@ async def test_a_socket_that_takes_the_number_of_a_lost_connections_is_left_alon
     await notices.stop()
 
 
-@only_postgres
-async def test_a_webhook_that_somebody_holds_keeps_no_other_from_being_recorded_and_is_sent_once(
-    place: Place, db: Database, manager: WebhookManager, receiver: Receiver
-) -> None:
-    """Longer than a lease: the results wait, and count when they can be recorded."""
-    held = manager.register(f"{receiver.url}/held", ["held"], SECRET)
-    free = manager.register(f"{receiver.url}/free", ["free"], SECRET)
-    gone = manager.register(f"{receiver.url}/gone", ["gone"], SECRET)
+@pytest.fixture
+async def worker(db: Database) -> AsyncIterator[Worker]:
+    """One with few slots and a short lease."""
     storage = storage_of(db)
     rules = Rules(lease=4, timeout=1, concurrency=6)
-    worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=1), rules)
+    started = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=1), rules)
     await storage.start()
-    await worker.start()
+    await started.start()
+    yield started
+    await started.stop()
+    await storage.stop()
 
-    async def recorded(webhook_id: str, count: int) -> None:
-        for _ in range(1000):
-            if (await storage.read(manager.get, webhook_id))["total_calls"] == count:
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"{count} deliveries were not recorded")
 
+async def recorded(manager: WebhookManager, webhook_id: str, count: int) -> None:
+    for _ in range(1500):
+        if manager.get(webhook_id)["total_calls"] == count:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{count} deliveries were not recorded")
+
+
+def hold(other: Database, webhook_id: str) -> None:
+    other.execute_sql("SELECT 1 FROM webhooks WHERE webhook_id = %s FOR NO KEY UPDATE", (webhook_id,))
+
+
+@only_postgres
+async def test_webhooks_that_somebody_holds_keep_no_other_from_being_recorded_and_are_sent_once(
+    place: Place, db: Database, manager: WebhookManager, receiver: Receiver, worker: Worker
+) -> None:
+    """Longer than a lease: the results wait, and count when they can be recorded."""
+    ids = {name: manager.register(f"{receiver.url}/{name}", [name], SECRET) for name in ("held", "gone", "free")}
     with another(place) as other:
-        for one in (held, gone):
-            assert other.execute_sql(
-                "SELECT 1 FROM webhooks WHERE webhook_id = %s FOR NO KEY UPDATE", (one,)
-            ).fetchone()
-        for number in range(2):
+        hold(other, ids["held"])
+        hold(other, ids["gone"])
+        for number in range(10):
             manager.send_event("held", {"n": number})
             manager.send_event("gone", {"n": number})
-        await asyncio.to_thread(receiver.wait_for, 4)
+        await asyncio.to_thread(receiver.wait_for, 6)
         for number in range(60):
             manager.send_event("free", {"n": number})
             await asyncio.sleep(0.1)
-        await recorded(free, 60)
-        assert (await storage.read(manager.get, held))["total_calls"] == 0
-        other.execute_sql("DELETE FROM webhooks WHERE webhook_id = %s", (gone,))
+        await recorded(manager, ids["free"], 60)
+        assert manager.get(ids["held"])["total_calls"] == 0
+        other.execute_sql("DELETE FROM webhooks WHERE webhook_id = %s", (ids["gone"],))
         other.commit()
         other.begin()
-    await recorded(held, 2)
-    await worker.stop()
-    await storage.stop()
-    assert worker._aside == {}
-    assert [len(receiver.at(f"/{name}")) for name in ("held", "gone", "free")] == [2, 2, 60]
+    await recorded(manager, ids["held"], 10)
+    async with asyncio.timeout(20):
+        while worker._aside or worker._jobs:
+            await asyncio.sleep(0.01)
+    assert (worker._aside_count, worker._free) == (0, 6)
+    sent = [one.headers["webhook-id"] for one in receiver.received]
+    assert len(sent) == len(set(sent))
+    assert [len(receiver.at(f"/{name}")) for name in ("held", "free")] == [10, 60]
+
+
+@only_postgres
+async def test_a_worker_that_stops_waits_for_who_holds_what_it_has_to_record(
+    place: Place, db: Database, manager: WebhookManager, receiver: Receiver, worker: Worker
+) -> None:
+    held = manager.register(f"{receiver.url}/held", ["held"], SECRET)
+    with another(place) as other:
+        hold(other, held)
+        manager.send_event("held", {})
+        await asyncio.to_thread(receiver.wait_for, 1)
+        stopping = asyncio.ensure_future(worker.stop())
+        await asyncio.sleep(3)
+        assert not stopping.done()
+        other.rollback()
+        other.begin()
+        await stopping
+    assert manager.get(held)["total_calls"] == 1
 
 
 @only_postgres
@@ -395,8 +424,61 @@ def test_a_clock_that_goes_far_back_opens_no_lane_in_which_one_is_made_in_order(
     write_now(db, lanes.settle, db, failed, stored_time(LONG_AGO))
     monkeypatch.setattr(clock, "now", lambda: now)
     assert claim(db) == []
-    while write_now(db, recovery.rewind, db, 60):
-        pass
+    for batch in recovery.far_ahead(db, 60):
+        write_now(db, recovery.bring_forward, db, 60, *batch)
+    assert recovery.far_ahead(db, 60) == []
     assert [job.webhook_id for job in claim(db)] == [other]
     monkeypatch.setattr(clock, "now", lambda: now + timedelta(seconds=61))
     assert {job.webhook_id for job in claim(db)} == {webhook_id, other}
+
+
+def test_a_result_that_is_settled_again_opens_no_lane_in_which_the_next_one_is_made(
+    db: Database, manager: WebhookManager, webhook_id: str
+) -> None:
+    """A commit whose answer was lost is made again."""
+    manager.update(webhook_id, {"ordered": True})
+    events.publish_all(db, [NewEvent("goal", {"n": number}) for number in range(2)])
+    (first,) = claim(db)
+    write_now(db, lanes.settle, db, [settled(first)], stored_time(LONG_AGO))
+    (second,) = claim(db)
+    write_now(db, lanes.settle, db, [settled(first)], stored_time(LONG_AGO))
+    assert claim(db) == []
+    write_now(db, lanes.settle, db, [settled(second)], stored_time(LONG_AGO))
+    assert manager.get(webhook_id)["total_calls"] == 2
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_was_begun_before_strict_order_brings_no_retry_forward(
+    db: Database, manager: WebhookManager, webhook_id: str, together: bool
+) -> None:
+    manager.send_event("goal", {"n": 1})
+    (before,) = claim(db)
+    manager.update(webhook_id, {"ordered": True})
+    manager.send_event("goal", {"n": 2})
+    (first,) = claim(db)
+    results = [settled(one, 500, schedule=(600,)) for one in (first, before)]
+    for batch in [results] if together else [[one] for one in results]:
+        write_now(db, lanes.settle, db, batch, stored_time(LONG_AGO))
+    with db.connection_context():
+        due = lanes.next_due(db, [])
+    assert due is not None and due > clock.now() + timedelta(seconds=500)
+
+
+@only_postgres
+def test_a_claim_that_closes_a_lane_while_an_older_result_waits_for_it_is_not_undone(
+    place: Place, db: Database, manager: WebhookManager, webhook_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "LANE_BACKOFF", 0)
+    manager.send_event("goal", {"n": 1})
+    (before,) = claim(db)
+    manager.update(webhook_id, {"ordered": True})
+    manager.send_event("goal", {"n": 2})
+    manager.send_event("goal", {"n": 3})
+    with another(place) as other, ThreadPoolExecutor(1) as thread:
+        assert len(lanes.claim(other, Rules(), 10, {}, [])) == 1
+        settling = thread.submit(write_now, db, lanes.settle, db, [settled(before, 500)], stored_time(LONG_AGO))
+        wait_for_a_waiter(place.url)
+        other.commit()
+        other.begin()
+        settling.result(20)
+    assert claim(db) == []
