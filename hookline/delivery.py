@@ -53,7 +53,6 @@ class Worker:
         self._settled: list[Settled] = []  # what has come back and is not recorded yet
         self._recording: asyncio.Task[None] | None = None
         self._aside: dict[str, list[Settled]] = {}  # of webhooks that somebody else holds
-        self._aside_count = 0  # how many they are
         self._recording_aside: asyncio.Task[None] | None = None
         self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
         self._backlog = False  # is more due than we had slots for?
@@ -122,8 +121,9 @@ class Worker:
     def _free(self) -> int:
         if self._stopping:
             return 0
-        aside = min(self._aside_count, self.rules.concurrency)  # so many hold no slot: their webhooks get no more
-        return max(self.rules.concurrency + aside - len(self._jobs) - self._coming, 0)
+        aside = sum(map(len, list(self._aside.values())))
+        slots = self.rules.concurrency + min(aside, self.rules.concurrency)  # so many hold none: there come no more
+        return max(slots - len(self._jobs) - self._coming, 0)
 
     @property
     def _busy(self) -> list[str]:
@@ -328,7 +328,6 @@ class Worker:
             self._end_all(batch, but=held)
             for one in held:
                 self._aside.setdefault(one.job.webhook_id, []).append(one)
-            self._aside_count += len(held)
             if held and self._recording_aside is None:
                 self._recording_aside = self._loop.create_task(self._record_aside())
         self._recording = None
@@ -337,13 +336,12 @@ class Worker:
         """Settle what was put aside again and again, each webhook for itself, until nobody else holds it."""
         while self._aside:
             await asyncio.sleep(AGAIN)
-            for webhook_id, batch in list(self._aside.items()):
-                self._aside[webhook_id] = []  # still there: what comes back meanwhile is put aside too
+            for webhook_id in list(self._aside):
+                batch = list(self._aside[webhook_id])
                 held = await self._settle(batch, only_free=True)
                 held = self._still_ours(held, "somebody else holds their webhook", time.monotonic() > self._stop_by)
                 self._end_all(batch, but=held)
-                self._aside_count -= len(batch) - len(held)
-                self._aside[webhook_id] += held
+                self._aside[webhook_id][: len(batch)] = held  # behind them is what came back meanwhile
                 if not self._aside[webhook_id]:
                     del self._aside[webhook_id]
         self._recording_aside = None
@@ -369,13 +367,11 @@ class Worker:
 
     def _still_ours(self, batch: list[Settled], why: str, give_up: bool) -> list[Settled]:
         """Those that may be recorded later: failures while they are leased to us, successes as long as we run."""
-        found = [] if give_up else [one for one in batch if one.is_success or not self._is_over(one.job)]
+        begun = time.monotonic() - self.rules.lease + MARGIN  # leases from before are over
+        found = [] if give_up else [one for one in batch if one.is_success or one.job.leased_at > begun]
         if lost := len(batch) - len(found):
             log.error("the results of %s deliveries are lost, they will be made again: %s", lost, why)
         return found
-
-    def _is_over(self, job: Job) -> bool:
-        return time.monotonic() - job.leased_at > self.rules.lease - MARGIN
 
     def _end_all(self, batch: list[Settled], but: list[Settled]) -> None:
         held = {one.job.delivery_id for one in but}

@@ -86,9 +86,11 @@ def opened(cursor: Any, *kinds: type) -> list[Any]:
         values = json.loads(base64.urlsafe_b64decode(cursor))
     except (ValueError, TypeError):
         values = None
-    if not isinstance(values, list) or [type(value) for value in values] != list(kinds):
-        raise PydanticCustomError("cursor", "Cursor should be a next_cursor of this listing")
-    if any(text_problem(value) if isinstance(value, str) else not 0 <= value < 2**63 for value in values):
+    if (
+        not isinstance(values, list)
+        or [type(value) for value in values] != list(kinds)
+        or any(text_problem(value) if isinstance(value, str) else not 0 <= value < 2**63 for value in values)
+    ):
         raise PydanticCustomError("cursor", "Cursor should be a next_cursor of this listing")
     return values
 
