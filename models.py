@@ -83,6 +83,9 @@ class Webhook(Table):
     updated_at = UtcField(null=True)
     previous_secret = TextField(null=True)
     previous_secret_expires_at = UtcField(null=True)
+    earlier_secrets = TextField(
+        null=True
+    )  # a JSON array of [secret, expiry], oldest first: from before the previous one
     failing_since = UtcField(null=True)
     disabled_at = UtcField(null=True)
     disabled_reason = TextField(null=True)
@@ -154,6 +157,7 @@ class Delivery(Table):
     event = ForeignKeyField(Event, column_name="event_id", on_delete="CASCADE", index=False)
     status = TextField(constraints=[SQL("DEFAULT 'pending'")])
     leased = BooleanField(constraints=[SQL("DEFAULT FALSE")])
+    reason = TextField(null=True)  # why it ended other than by its last attempt
     attempts = IntegerField(constraints=[SQL("DEFAULT 0")])
     attempts_before = IntegerField(constraints=[SQL("DEFAULT 0")])  # it was asked for again: the schedule starts anew
     next_attempt_at = UtcField(null=True)
@@ -215,6 +219,54 @@ class Lane(Table):
 
 Lane.add_index(Lane.due_at, name="idx_lanes_due")
 
+
+class Import(Table):
+    """What an import took over of a webhook, so that the next one takes over only what has changed in the file."""
+
+    webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", primary_key=True)
+    entry = TextField()  # a JSON object of the file's fields, the secret as a digest
+    imported_at = UtcField()
+
+    class Meta:
+        table_name = "imports"
+
+
+class Replay(Table):
+    """Delivering again what a webhook missed: carried out by workers, in steps. `cursor`: how far it is."""
+
+    replay_id = TextField(primary_key=True)  # "rpl_" and a UUIDv7
+    webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", index=False)
+    since = UtcField()
+    until = UtcField(null=True)
+    statuses = TextField()  # failed | all
+    state = TextField(constraints=[SQL("DEFAULT 'running'")])  # running | finished | cancelled
+    cursor = TextField(null=True)
+    deliveries = BigIntegerField(constraints=[SQL("DEFAULT 0")])  # made due so far
+    created_at = UtcField()
+    finished_at = UtcField(null=True)
+    reason = TextField(null=True)  # why it was cancelled
+
+    class Meta:
+        table_name = "replays"
+        constraints = [SQL("CONSTRAINT replays_state CHECK (state IN ('running', 'finished', 'cancelled'))")]
+
+
+Replay.add_index(Replay.webhook, Replay.replay_id, name="idx_replays_webhook")
+Replay.add_index(Replay.replay_id, where=SQL("state = 'running'"), name="idx_replays_running")
+
+
+class Worker(Table):
+    """A worker that delivers, and when it last said so: its heartbeat."""
+
+    worker_id = TextField(primary_key=True)
+    host = TextField()
+    started_at = UtcField()
+    beat_at = UtcField()
+
+    class Meta:
+        table_name = "workers"
+
+
 IN_ORDER = "1970-01-01T00:00:00.000000Z"
 
-TABLES: list[type[Model]] = [Webhook, Subscription, Event, Delivery, Attempt, Lane]
+TABLES: list[type[Model]] = [Webhook, Subscription, Event, Delivery, Attempt, Lane, Import, Replay, Worker]

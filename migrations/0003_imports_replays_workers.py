@@ -1,0 +1,79 @@
+"""What imports took over, replays, who delivers, earlier secrets of a rotation, and why a delivery ended.
+
+Only additions that may be null: the release before this one goes on beside it.
+"""
+
+from peewee import SQL, BigIntegerField, Field, ForeignKeyField, Model, TextField
+
+
+class UtcField(Field):
+    field_type = "TIMESTAMPTZ"
+
+
+def tables(db):
+    class Base(Model):
+        class Meta:
+            database = db
+            legacy_table_names = False
+
+    class Webhook(Base):
+        webhook_id = TextField(primary_key=True)
+
+        class Meta:
+            table_name = "webhooks"
+
+    class Import(Base):
+        webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", primary_key=True)
+        entry = TextField()
+        imported_at = UtcField()
+
+        class Meta:
+            table_name = "imports"
+
+    class Replay(Base):
+        replay_id = TextField(primary_key=True)
+        webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", index=False)
+        since = UtcField()
+        until = UtcField(null=True)
+        statuses = TextField()
+        state = TextField(constraints=[SQL("DEFAULT 'running'")])
+        cursor = TextField(null=True)
+        deliveries = BigIntegerField(constraints=[SQL("DEFAULT 0")])
+        created_at = UtcField()
+        finished_at = UtcField(null=True)
+        reason = TextField(null=True)
+
+        class Meta:
+            table_name = "replays"
+            constraints = [SQL("CONSTRAINT replays_state CHECK (state IN ('running', 'finished', 'cancelled'))")]
+
+    Replay.add_index(Replay.webhook, Replay.replay_id, name="idx_replays_webhook")
+    Replay.add_index(Replay.replay_id, where=SQL("state = 'running'"), name="idx_replays_running")
+
+    class Worker(Base):
+        worker_id = TextField(primary_key=True)
+        host = TextField()
+        started_at = UtcField()
+        beat_at = UtcField()
+
+        class Meta:
+            table_name = "workers"
+
+    return [Import, Replay, Worker]
+
+
+def up(migrator, db):
+    migrator.migrate(
+        migrator.add_column("webhooks", "earlier_secrets", TextField(null=True)),
+        migrator.add_column("deliveries", "reason", TextField(null=True)),
+    )
+    db.create_tables(tables(db), safe=False)
+
+
+def down(migrator, db):
+    db.drop_tables(tables(db), safe=False)
+    db.execute_sql("UPDATE deliveries SET last_error = reason WHERE last_error IS NULL AND reason IS NOT NULL")
+    migrator.migrate(
+        migrator.drop_column("deliveries", "reason"),
+        migrator.drop_column("webhooks", "earlier_secrets"),
+    )
