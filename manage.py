@@ -24,9 +24,9 @@ from peewee import Database, PeeweeException
 
 import models
 import settings
-from hookline import clock, copying, events, notices, retention, schema, signing, transfer
+from hookline import clock, copying, events, imports, notices, retention, schema, signing, transfer
 from hookline.database import open_database, require_reachable
-from hookline.errors import HooklineError, Invalid
+from hookline.errors import HooklineError, Invalid, visible
 from hookline.failures import UNKNOWN, reason
 from hookline.storage import storage_of
 
@@ -70,9 +70,9 @@ def with_errors(command: Callable[..., None]) -> Callable[..., None]:
             show_problems(exc)
             cause = exc.__cause__ if str(exc) == UNKNOWN else None  # here its own words may be shown
             why = f"the database cannot be used: {reason(cause)}" if cause else str(exc)
-            raise click.ClickException(why) from exc
+            raise click.ClickException(visible(why)) from exc
         except PeeweeException as exc:
-            raise click.ClickException(f"the database refused: {reason(exc)}") from exc
+            raise click.ClickException(f"the database refused: {visible(reason(exc))}") from exc
 
     return run
 
@@ -80,7 +80,7 @@ def with_errors(command: Callable[..., None]) -> Callable[..., None]:
 def show_problems(exc: HooklineError) -> None:
     problems = exc.problems if isinstance(exc, Invalid) else []
     for problem in problems[:SHOWN_PROBLEMS]:
-        click.echo(f"  {problem}", err=True)
+        click.echo(f"  {visible(problem)}", err=True)
     if len(problems) > SHOWN_PROBLEMS:
         click.echo(f"  ... and {len(problems) - SHOWN_PROBLEMS} more", err=True)
 
@@ -143,11 +143,13 @@ def create(db: Database, name: str) -> None:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Print the report; write nothing, not even the backup.")
 @click.option("--skip-invalid", is_flag=True, help="Import the valid entries of a file that has invalid ones.")
+@click.option("--overwrite", is_flag=True, help="Where a field has changed both here and in FILE, take that of FILE.")
 @with_database
-def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool) -> None:
+def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool, overwrite: bool) -> None:
     """Import the replaced service's webhooks from FILE (its webhooks.json), after a backup beside it.
 
-    All or nothing, and safe to run again: entries that changed in the file are updated, the others left alone.
+    All or nothing, and safe to run again: what has changed in FILE since the last import is taken over, and what has
+    changed here is kept. A field that has changed on both sides is listed, and kept unless --overwrite.
     """
     schema.require_current(db)
     gc.disable()  # a short process that keeps all it reads: collecting it again and again is a third of the time
@@ -157,16 +159,19 @@ def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool) 
             file,
             dry_run=dry_run,
             skip_invalid=skip_invalid,
+            overwrite=overwrite,
             allowed=settings.load().allowed_networks,
             progress=progress,
         )
     show_problems(Invalid("", report.problems))
     show_problems(Invalid("", report.warnings))
+    show_problems(Invalid("", report.contested))
     if report.backup is not None:
-        click.echo(f"backup: {report.backup}")
+        click.echo(f"backup: {visible(report.backup)}")
+    conflicts = f", {report.conflicts} with conflicts" if report.conflicts else ""
     click.echo(
         f"{'would import' if dry_run else 'imported'}: {report.new} new, {report.updated} updated, "
-        f"{report.unchanged} unchanged, {report.invalid} invalid"
+        f"{report.unchanged} unchanged, {report.invalid} invalid{conflicts}"
     )
 
 
@@ -176,7 +181,7 @@ def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool) 
 def export_command(db: Database, file: Path) -> None:
     """Write all webhooks, secrets included, to FILE in the replaced service's form; FILE is replaced whole."""
     schema.require_current(db)
-    click.echo(f"exported: {transfer.export_file(db, file)} webhooks to {file}")
+    click.echo(f"exported: {transfer.export_file(db, file)} webhooks to {visible(file)}")
 
 
 @main.command("copy")
@@ -325,12 +330,12 @@ def listen(port: int, status: int, secret: str) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[transfer.Progress]:
+def progress_bar() -> Iterator[imports.Progress]:
     """A bar on the terminal for each stage of a long file; nothing where there is no terminal."""
     bars: dict[str, Any] = {}
 
     def advance(what: str, done: int, total: int) -> None:
-        if total < transfer.BATCH:
+        if total < imports.BATCH:
             return
         if what not in bars:
             bars[what] = click.progressbar(length=total, label=what, file=sys.stderr)
