@@ -102,7 +102,8 @@ def add(row: Row, decided: Plan) -> None:
 def merge(row: Row, here: Row, overwrite: bool, decided: Plan) -> None:
     """Decide each field of a webhook that the file and the database have."""
     said, ours, base = entry_of(row), entry_of(here), json.loads(here["entry"] or "{}")
-    changed, kept = set(), set()
+    changed: set[str] = set()
+    kept: set[str] = set()
     for name, theirs in said.items():
         if theirs == ours[name] or (name in base and theirs == base[name]):
             continue

@@ -48,8 +48,7 @@ def counts(report: Report) -> tuple[int, int, int, int]:
 
 def row(db: Database, webhook_id: str = "x") -> dict[str, Any]:
     with db.connection_context():
-        found: dict[str, Any] = Webhook.select().where(Webhook.webhook_id == webhook_id).dicts().get(db)
-    return found
+        return dict(Webhook.select().where(Webhook.webhook_id == webhook_id).dicts().execute(db)[0])
 
 
 def change(db: Database, **values: Any) -> None:
