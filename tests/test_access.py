@@ -21,7 +21,13 @@ def status(
 ) -> int:
     """What a GET of /api/v1/webhooks is answered by the middleware; 200 where it is let through."""
     headers = [(b"host", host.encode()), (b"authorization", sent.encode("latin-1"))]
-    scope = {"type": "http", "path": "/api/v1/webhooks", "headers": headers, "client": client and (client, 1)}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/api/v1/webhooks",
+        "headers": headers,
+        "client": client and (client, 1),
+    }
     refusal = Access(nothing, keys, anonymous).refusal(scope)
     return refusal.status_code if refusal else 200
 
@@ -64,7 +70,7 @@ def test_with_keys_one_of_them_is_wanted_even_from_loopback(sent: str, expected:
 
 
 def test_the_server_wants_a_key_for_all_but_health_and_ready(serve: Callable[..., Server]) -> None:
-    server = serve(API_KEYS=f"{KEY}, other-key")
+    server = serve(API_KEYS=f"{KEY}, the-other-key-of-mine")
     assert server.client.get("/health").status_code == 200
     assert server.client.get("/ready").status_code == 200
     for path in ("/api/v1/webhooks", "/api/v1/webhooks/list", "/nowhere"):
@@ -78,7 +84,6 @@ def test_the_server_wants_a_key_for_all_but_health_and_ready(serve: Callable[...
 
 def test_the_server_tells_another_machine_which_setting_to_use(serve: Callable[..., Server]) -> None:
     server = serve()
-    # uvicorn takes the client's address from a proxy on this machine
     refused = server.client.get("/api/v1/webhooks", headers={"X-Forwarded-For": "203.0.113.9"})
     assert refused.status_code == 403
     assert "API_KEYS" in refused.json()["detail"]
