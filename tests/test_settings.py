@@ -96,6 +96,25 @@ def test_a_wrong_value_is_one_line_that_names_the_setting(name: str, value: str,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "secrets"),
+    [
+        (",", []),
+        (" , ,, ", []),
+        ("short-key-of-me", ["short-key-of-me"]),
+        ("a-first-key-that-holds,brief", ["a-first-key", "brief"]),
+        ("schlüssel-mit-umlaut", ["schl", "umlaut"]),
+        ("two-keys-without-a-comma another-one-beside-it", ["two-keys", "another-one"]),
+        ("a-key-with-a-tab\tin-the-middle", ["a-key-with"]),
+    ],
+)
+def test_keys_that_guard_nothing_stop_the_start_and_are_not_shown(keys: str, secrets: list[str]) -> None:
+    with pytest.raises(settings.BadSetting, match="API_KEYS") as caught:
+        settings.load({"API_KEYS": keys})
+    assert "\n" not in str(caught.value)
+    assert not any(secret in str(caught.value) for secret in secrets)
+
+
 def test_a_wrong_value_stops_a_command_without_a_traceback(tmp_path: Path) -> None:
     done = manage(Place(f"sqlite:///{tmp_path}/webhooks.db", tmp_path), "migrate", "status", PORT="http")
     assert done.returncode == 1
