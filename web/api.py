@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +23,8 @@ from web.schemas import Json
 
 log = logging.getLogger("hookline")
 
+Handler = Callable[[Request], Awaitable[Response]]
+
 
 def storage_of(request: Request) -> Storage:
     return cast(Storage, request.app.state.storage)
@@ -32,9 +35,11 @@ def manager_of(request: Request) -> WebhookManager:
 
 
 async def parsed(request: Request, model: type[schemas.M], *, empty: bytes = b"") -> schemas.M:
+    """The body as `model`. Its type must be JSON's; a type without a body too, since a form sends one."""
     content_type = request.headers.get("content-type")
     body = await request.body()
-    if body and not schemas.is_json(content_type):
+    is_json = bool(content_type) and schemas.is_json(content_type)
+    if (body or content_type) and not is_json:
         raise HTTPException(415, "Send JSON, with the header  Content-Type: application/json")
     return schemas.body_of(model, content_type, body or empty)
 
@@ -127,6 +132,7 @@ async def rotate_secret(request: Request) -> Response:
 
 
 async def send_test(request: Request) -> Response:
+    await parsed(request, schemas.NoFields, empty=b"{}")
     published = await storage_of(request).write(manager_of(request).send_test, request.path_params["webhook_id"])
     return Json(published._asdict(), 202)
 
@@ -203,11 +209,13 @@ async def get_delivery(request: Request) -> Response:
 
 
 async def retry_delivery(request: Request) -> Response:
+    await parsed(request, schemas.NoFields, empty=b"{}")
     storage = storage_of(request)
     return Json(await storage.write(deliveries.retry, storage.db, delivery_id_of(request)))
 
 
 async def cancel_delivery(request: Request) -> Response:
+    await parsed(request, schemas.NoFields, empty=b"{}")
     storage = storage_of(request)
     return Json(await storage.write(deliveries.cancel, storage.db, delivery_id_of(request)))
 
@@ -233,23 +241,31 @@ class WebhookId(Id):
 register_url_convertor("id", Id())
 register_url_convertor("webhook", WebhookId())
 
+
+def route(path: str, **handlers: Handler) -> Route:
+    """All methods of a path in one route, so that a 405 names them all."""
+    if "GET" in handlers:
+        handlers["HEAD"] = handlers["GET"]
+
+    async def handle(request: Request) -> Response:
+        return await handlers[request.method](request)
+
+    return Route(path, handle, methods=list(handlers))
+
+
 routes: list[BaseRoute] = [  # the busiest first: they are tried in order
-    Route("/api/v1/webhooks/register", register, methods=["POST"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}", get, methods=["GET"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}", update, methods=["PATCH"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}", delete, methods=["DELETE"]),
-    Route("/api/v1/webhooks", create, methods=["POST"]),
-    Route("/api/v1/webhooks", page, methods=["GET"]),
-    Route("/api/v1/webhooks/list", list_all, methods=["GET"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}/rotate-secret", rotate_secret, methods=["POST"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}/test", send_test, methods=["POST"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}/replay", replay, methods=["POST"]),
-    Route("/api/v1/events", publish, methods=["POST"]),
-    Route("/api/v1/events", list_events, methods=["GET"]),
-    Route("/api/v1/events/{event_id:id}", get_event, methods=["GET"]),
-    Route("/api/v1/events/{event_id:id}/explain", explain, methods=["GET"]),
-    Route("/api/v1/deliveries", list_deliveries, methods=["GET"]),
-    Route("/api/v1/deliveries/{delivery_id}", get_delivery, methods=["GET"]),
-    Route("/api/v1/deliveries/{delivery_id}/retry", retry_delivery, methods=["POST"]),
-    Route("/api/v1/deliveries/{delivery_id}/cancel", cancel_delivery, methods=["POST"]),
+    route("/api/v1/webhooks/register", POST=register),
+    route("/api/v1/webhooks/{webhook_id:webhook}", GET=get, PATCH=update, DELETE=delete),
+    route("/api/v1/webhooks", GET=page, POST=create),
+    route("/api/v1/webhooks/list", GET=list_all),
+    route("/api/v1/webhooks/{webhook_id:webhook}/rotate-secret", POST=rotate_secret),
+    route("/api/v1/webhooks/{webhook_id:webhook}/test", POST=send_test),
+    route("/api/v1/webhooks/{webhook_id:webhook}/replay", POST=replay),
+    route("/api/v1/events", GET=list_events, POST=publish),
+    route("/api/v1/events/{event_id:id}", GET=get_event),
+    route("/api/v1/events/{event_id:id}/explain", GET=explain),
+    route("/api/v1/deliveries", GET=list_deliveries),
+    route("/api/v1/deliveries/{delivery_id}", GET=get_delivery),
+    route("/api/v1/deliveries/{delivery_id}/retry", POST=retry_delivery),
+    route("/api/v1/deliveries/{delivery_id}/cancel", POST=cancel_delivery),
 ]

@@ -183,6 +183,12 @@ class Rotation(WebhookFields):
     overlap_seconds: int = Field(24 * 3600, ge=0, le=30 * 24 * 3600)
 
 
+class NoFields(BaseModel):
+    """What needs no body, and takes none but an empty object: cancel, retry, test."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class NewEvent(BaseModel):
     """`POST /api/v1/events`. The key may come in the header `Idempotency-Key` instead."""
 
