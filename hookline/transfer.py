@@ -7,7 +7,6 @@ The file is an object of webhook id → entry, or, in its older form, a list of 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from hookline.egress import Network, literal_refusal
 from hookline.errors import Invalid
 from hookline.failures import in_peewees_words
 from hookline.files import back_up, replace_file
-from hookline.registration import MAX_NAME, check_text
+from hookline.registration import MAX_NAME, text_problem, url_shape_problem
 from models import read_time, stored_time
 
 FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()  # noqa: SIM905
@@ -44,7 +43,6 @@ DEFAULTS = {
     "last_failure": None,
     "enabled": True,
 }
-HTTP_URL = re.compile(r"https?://[^\s/?#\\]+[^\s]*", re.IGNORECASE)
 TIMES = ("created_at", "last_success", "last_failure")
 COUNTS = ("total_calls", "failed_calls")
 BATCH = 2000
@@ -239,8 +237,8 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
     events: Any = entry.get("events")
     secret: Any = entry.get("secret")
     team: Any = entry.get("team")
-    if not isinstance(url, str) or not HTTP_URL.fullmatch(url):
-        problems.append("url: " + ("not an http or https URL" if "url" in entry else "missing"))
+    if (problem := url_shape_problem(url)) is not None:
+        problems.append("url: " + (problem if "url" in entry else "missing"))
     if not isinstance(events, list) or not all([isinstance(event, str) for event in events]):
         problems.append("events: " + ("not a list of strings" if "events" in entry else "missing"))
     elif events and max(map(len, events)) > MAX_NAME:
@@ -253,7 +251,7 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
         problems.append(f"team: more than {MAX_NAME} characters")
     if problems:
         return {}
-    texts = {"url": url, "secret": secret, "team": team or "", "events": "".join(events)}
+    texts = {"secret": secret, "team": team or "", "events": "".join(events)}
     together = "".join(texts.values())
     if not together.isascii() or "\0" in together:
         for name, text in texts.items():
@@ -270,11 +268,8 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
 
 
 def text_problems(name: str, text: str) -> list[str]:
-    try:
-        check_text(name, text)
-    except Invalid as exc:
-        return [str(exc)]
-    return []
+    problem = text_problem(text)
+    return [] if problem is None else [f"{name} {problem}"]
 
 
 def time_of(value: Any, name: str, problems: list[str]) -> str | None:
