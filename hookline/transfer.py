@@ -25,7 +25,7 @@ from hookline.errors import Invalid
 from hookline.failures import in_peewees_words
 from hookline.files import back_up, replace_file
 from hookline.imports import BATCH, Progress, Row
-from hookline.registration import MAX_NAME, check_text
+from hookline.registration import MAX_NAME, text_problem, url_shape_problem
 from models import read_time, stored_time
 
 FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()  # noqa: SIM905
@@ -36,7 +36,6 @@ OLD_NAMES = {
     "success_count": "total_calls",
     "failure_count": "failed_calls",
 }
-HTTP_URL = re.compile(r"https?://[^\s/?#\\]+[^\s]*", re.IGNORECASE)
 AS_STORED = re.compile(  # but for the Z: so the replaced service wrote it
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-9]{2}:[0-9]{2}\.[0-9]{6}"
 )
@@ -247,8 +246,8 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
     events: Any = entry.get("events")
     secret: Any = entry.get("secret")
     team: Any = entry.get("team")
-    if not isinstance(url, str) or not HTTP_URL.fullmatch(url):
-        problems.append("url: " + ("not an http or https URL" if "url" in entry else "missing"))
+    if (problem := url_shape_problem(url)) is not None:
+        problems.append("url: " + (problem if "url" in entry else "missing"))
     if not isinstance(events, list) or not all([isinstance(event, str) for event in events]):
         problems.append("events: " + ("not a list of strings" if "events" in entry else "missing"))
     elif events and max(map(len, events)) > MAX_NAME:
@@ -261,7 +260,7 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
         problems.append(f"team: more than {MAX_NAME} characters")
     if problems:
         return {}
-    texts = {"url": url, "secret": secret, "team": team or "", "events": "".join(events)}
+    texts = {"secret": secret, "team": team or "", "events": "".join(events)}
     together = "".join(texts.values())
     if not together.isascii() or "\0" in together:
         for name, text in texts.items():
@@ -278,11 +277,8 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
 
 
 def text_problems(name: str, text: str) -> list[str]:
-    try:
-        check_text(name, text)
-    except Invalid as exc:
-        return [str(exc)]
-    return []
+    problem = text_problem(text)
+    return [] if problem is None else [f"{name} {problem}"]
 
 
 def time_of(value: Any, name: str, problems: list[str]) -> str | None:

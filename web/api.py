@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from ipaddress import ip_network
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
@@ -24,6 +26,10 @@ from web.schemas import Json
 log = logging.getLogger("hookline")
 
 Handler = Callable[[Request], Awaitable[Response]]
+PRIVATE_NETWORKS = [  # RFC 1918, RFC 4193, RFC 3927, RFC 4291
+    ip_network(text)
+    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7", "169.254.0.0/16", "fe80::/10")
+]
 
 
 def storage_of(request: Request) -> Storage:
@@ -53,16 +59,32 @@ async def register(request: Request) -> Response:
     url = str(new.url)
     registration = Registration(url, new.events, new.secret, new.team)
     webhook_id = await storage_of(request).write_together(manager_of(request).register_all, registration)
-    for warning in warnings(request, url):  # the answer's form is fixed
+    for warning in warnings(request, url, new.events):  # the answer's form is fixed
         log.warning("webhook %s: %s", webhook_id, warning)
     shown = {"webhook_id": webhook_id, "url": url, "events": new.events, "team": new.team}
     return Json({**shown, "message": "Webhook registered successfully"}, 201)
 
 
-def warnings(request: Request, url: str) -> list[str]:
-    """What the egress guard will say to this URL, as far as that can be told from its host alone."""
-    refusal = egress.literal_refusal(url, request.app.state.allowed_networks)
-    return [f"it will not be delivered to: {refusal}"] if refusal else []
+def warnings(request: Request, url: str, events: Sequence[str]) -> list[str]:
+    """Why this webhook will get nothing, as far as that can be told from its registration alone."""
+    allowed = request.app.state.allowed_networks
+    found = [] if events else ["it will get no events: its list of events is empty"]
+    if refusal := egress.literal_refusal(url, allowed):
+        found.append(f"it will not be delivered to: {refusal}")
+    elif is_local_name(url) and not any(is_private(network) for network in allowed):
+        found.append(
+            "it will not be delivered to: names in .local are of private addresses, and ALLOWED_NETWORKS has none"
+        )
+    return found
+
+
+def is_local_name(url: str) -> bool:
+    """A name of multicast DNS (RFC 6762)."""
+    return (urlsplit(url).hostname or "").rstrip(".").endswith(".local")
+
+
+def is_private(network: egress.Network) -> bool:
+    return any(network.version == one.version and network.overlaps(one) for one in PRIVATE_NETWORKS)
 
 
 async def list_all(request: Request) -> Response:
@@ -80,13 +102,11 @@ async def create(request: Request) -> Response:
     new = await parsed(request, schemas.NewWebhook)
     secret = new.secret or generate_secret()
     registration = Registration(str(new.url), new.events, secret, new.team, new.description, new.headers)
-    storage = storage_of(request)
-    webhook_id = await storage.write_together(manager_of(request).register_all, registration)
-    shown = await storage.read(manager_of(request).get, webhook_id)
+    shown = await storage_of(request).write_together(manager_of(request).create_all, registration)
     if new.secret is None:
         shown["secret"] = secret
-    shown["warnings"] = warnings(request, shown["url"])
-    return Json(shown, 201, {"Location": f"/api/v1/webhooks/{webhook_id}"})
+    shown["warnings"] = warnings(request, shown["url"], shown["events"])
+    return Json(shown, 201, {"Location": f"/api/v1/webhooks/{shown['webhook_id']}"})
 
 
 async def page(request: Request) -> Response:
@@ -117,7 +137,7 @@ async def update(request: Request) -> Response:
     changes = await parsed(request, schemas.WebhookChanges)
     webhook_id = request.path_params["webhook_id"]
     found = await storage_of(request).write(manager_of(request).update, webhook_id, changes.given())
-    return Json({**found, "warnings": warnings(request, found["url"])})
+    return Json({**found, "warnings": warnings(request, found["url"], found["events"])})
 
 
 async def rotate_secret(request: Request) -> Response:
@@ -132,8 +152,9 @@ async def rotate_secret(request: Request) -> Response:
 
 
 async def send_test(request: Request) -> Response:
-    await parsed(request, schemas.NoFields, empty=b"{}")
-    published = await storage_of(request).write(manager_of(request).send_test, request.path_params["webhook_id"])
+    new = await parsed(request, schemas.TestEvent, empty=b"{}")
+    webhook_id = request.path_params["webhook_id"]
+    published = await storage_of(request).write(manager_of(request).send_test, webhook_id, new.event_type, new.data)
     return Json(published._asdict(), 202)
 
 
