@@ -116,10 +116,16 @@ def quiet_gc() -> None:
     gc.set_threshold(10_000, 10, 50)
 
 
+def start_logging(level: str) -> None:
+    """Log to stderr: of ours what has this level, of others warnings. Peewee's debug lines hold secrets."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("hookline").setLevel(level.upper())
+
+
 def main() -> None:
     app, config = assembled()
     quiet_gc()
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    start_logging(config.log_level)
     try:
         sockets = listen(config.host, config.port)
     except OSError as exc:

@@ -9,7 +9,6 @@ import asyncio
 import functools
 import gc
 import json
-import logging
 import signal
 import sys
 import time
@@ -38,21 +37,21 @@ def main() -> None:
     """Hookline's database, its worker, and tools for trying deliveries out."""
 
 
-def with_database(command: Callable[..., None]) -> Callable[..., None]:
+def with_database(command: Callable[..., None], create: bool = False) -> Callable[..., None]:
     """Give the command the database of DATABASE_URL."""
 
     @with_errors
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        db = opened(settings.load().database_url)
+        db = opened(settings.load().database_url, create)
         models.db.initialize(db)
         command(db, *args, **kwargs)
 
     return run
 
 
-def opened(url: str) -> Database:
-    db = open_database(url, long_work=True)
+def opened(url: str, create: bool = False) -> Database:
+    db = open_database(url, create=create, long_work=True)
     require_reachable(db)
     return db
 
@@ -92,7 +91,7 @@ def migrate() -> None:
 
 @migrate.command()
 @click.argument("target", required=False)
-@with_database
+@functools.partial(with_database, create=True)
 def up(db: Database, target: str | None) -> None:
     """Apply what is pending, through TARGET if given. Safe while the service runs."""
     names = schema.up(db, target)
@@ -197,14 +196,15 @@ def copy_command(source_url: str, target_url: str, dry_run: bool, overwrite: boo
     run again.
     """
     if is_missing(source_url):
-        raise Invalid("there is no file at --from")
+        raise Invalid(f"there is no file at --from: {Path(source_url.removeprefix('sqlite:///')).absolute()}")
     source = opened(source_url)
-    target = None if dry_run and is_missing(target_url) else opened(target_url)
+    target = None if is_missing(target_url) else opened(target_url)
     rows, intent = copying.plan(source, target, overwrite)
-    if dry_run or target is None:
+    if dry_run:
         click.echo("\n".join(f"{name:15} {number:>12,} rows" for name, number in rows.items()))
         click.echo(f"would {intent}, and copy these")
         return
+    target = target or opened(target_url, create=True)
     click.echo(f"to do: {intent}, and copy {sum(rows.values()):,} rows")
     with progress_bar() as progress:
         compared = copying.copy(source, target, overwrite=overwrite, progress=progress)
@@ -221,11 +221,11 @@ def is_missing(url: str) -> bool:
 @with_errors
 def worker() -> None:
     """Deliver, until it is told to stop (SIGTERM, Ctrl-C). Any number of workers may share one database."""
-    from app import database_of, quiet_gc, worker_of  # only here: the web server is not needed otherwise
+    from app import database_of, quiet_gc, start_logging, worker_of  # only here: the web server is not needed otherwise
 
     config = settings.load()
     db = database_of(config)
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    start_logging(config.log_level)
 
     async def work() -> None:
         stopped = asyncio.Event()

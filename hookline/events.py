@@ -21,8 +21,8 @@ from peewee import Database
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, notices, sql
-from hookline.database import in_unit, transaction
+from hookline import clock, forks, notices, sql
+from hookline.database import adopt, in_unit, transaction
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
 from hookline.failures import reason
 from hookline.registration import text_problem
@@ -88,6 +88,13 @@ def outlet_of(db: Database) -> Outlet:
     return _outlets.get(db) or Outlet(wake=lambda wake: notices.send(db))
 
 
+@forks.in_child
+def _detach() -> None:
+    """The worker of a parent is not in its child: what a child publishes waits in its lane, for any worker."""
+    for db, outlet in list(_outlets.items()):
+        _outlets[db] = Outlet(outlet.max_payload, outlet.lease, wake=lambda wake, db=db: notices.send(db))  # type: ignore[misc]
+
+
 class NewEvent(NamedTuple):
     """What publishing takes. `only`: for this webhook, whatever it has subscribed to."""
 
@@ -128,6 +135,7 @@ def publish(event_type: str, data: Mapping[str, Any], idempotency_key: str | Non
     Inside the caller's own `with db.atomic():` the event commits or vanishes with the caller's rows. Raises Invalid,
     TooLarge, Conflict (the key was used with other content), Unavailable.
     """
+    adopt(models.db.obj)
     return publish_one(models.db.obj, NewEvent(event_type, data, idempotency_key))
 
 

@@ -9,6 +9,29 @@ from pathlib import Path
 from hookline.errors import Invalid
 
 
+def create_private(path: Path) -> None:
+    """An empty file that its owner alone may read, in a folder that its owner alone may enter; what exists stays.
+
+    SQLite gives its `-wal` and `-shm` the mode of the file. Raises Invalid.
+    """
+    try:
+        for folder in reversed([folder for folder in path.parents if not folder.exists()]):
+            folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as exc:
+        raise Invalid(f"the folder of the database, {path.parent}, cannot be made: {exc.strerror}") from exc
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return
+    except OSError as exc:
+        raise Invalid(f"{path} cannot be made: {exc.strerror}") from exc
+
+
+def is_open_to_others(path: str) -> bool:
+    """Can other users of this machine read or write the file, as far as its mode says?"""
+    return os.name == "posix" and bool(os.stat(path).st_mode & 0o066)
+
+
 def back_up(path: Path, content: bytes) -> Path:
     """A durable, byte-exact copy beside the file: `NAME.backup`, or `.backup.1` and on where an older one differs."""
     for number in range(10_000):

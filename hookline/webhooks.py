@@ -18,8 +18,8 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, history, schema, sql
-from hookline.database import connected, open_database, transaction
+from hookline import clock, events, forks, history, schema, sql
+from hookline.database import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.errors import Conflict, NotFound
@@ -74,9 +74,10 @@ Rows = list[dict[str, Any]]
 class WebhookManager:
     """The registrations in one database.
 
-    `WebhookManager("data/webhooks.db")` opens that file and brings its schema up to date, creating it if need be.
-    The service passes its own `db`, which it has migrated by hand. `allowed_networks`: where `startup()` may deliver
-    besides public addresses, such as `["192.168.0.0/16"]`.
+    `WebhookManager("data/webhooks.db")` opens that file and brings its schema up to date, creating it if need be; so
+    does the URL of a database, such as `postgresql://user:password@host/name`. The service passes its own `db`, which
+    it has migrated by hand. `allowed_networks`: where `startup()` may deliver besides public addresses, such as
+    `["192.168.0.0/16"]`. Raises Invalid, also if `db` is SQLite that does not enforce foreign keys, and Unavailable.
     """
 
     def __init__(
@@ -89,11 +90,14 @@ class WebhookManager:
         self._allowed = [ip_network(network) for network in allowed_networks]
         self._worker: Worker | None = None
         self._owns_database = db is None
-        self.db = db if db is not None else open_database(f"sqlite:///{os.fspath(db_path)}")
+        self.db = db if db is not None else open_database(url_of(db_path), create=True)
         if self._owns_database:
             if models.db.obj is None:
                 models.db.initialize(self.db)
             schema.up(self.db)
+        else:
+            adopt(self.db)
+        forks.follow_state(self)
         self._insert = (
             f"INSERT INTO webhooks ({', '.join(REGISTER_COLUMNS)}, enabled, total_calls, failed_calls) "
             f"SELECT {', '.join(REGISTER_COLUMNS)}, TRUE, 0, 0 FROM {sql.rows(self.db, *REGISTER_TYPES)}"
@@ -104,6 +108,10 @@ class WebhookManager:
         )
         self._select = f"SELECT {', '.join(SHOWN_COLUMNS)} FROM webhooks WHERE webhook_id = {self.db.param}"
         self._delete = f"DELETE FROM webhooks WHERE webhook_id = {self.db.param}"
+
+    def forked(self) -> None:
+        """In a child of a fork: the worker is the parent's; `startup()` starts one here."""
+        self._worker = None
 
     async def startup(self) -> None:
         """Deliver from now on, if this object opened its database: else the service does."""
@@ -304,6 +312,12 @@ class WebhookManager:
         query = query.order_by(Webhook.created_at, Webhook.webhook_id).tuples().bind(self.db)
         with connected(self.db):
             yield from map(shown, self.db.execute_sql(*query.sql()).fetchall())
+
+
+def url_of(place: str | os.PathLike[str]) -> str:
+    """The URL of a database, given as such or as the path of an SQLite file."""
+    text = os.fspath(place)
+    return text if text.startswith((*POSTGRES_SCHEMES, SQLITE_SCHEME)) else SQLITE_SCHEME + text
 
 
 class Registrations(Mapping[str, dict[str, Any]]):

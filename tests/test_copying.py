@@ -149,6 +149,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ba
     with two("sqlite", backend, tmp_path, empty=True) as (source, target):
         with opened(source) as (db,):
             fill(db)
+        if backend == "sqlite":
+            target.file.unlink()
         done = manage(source, "copy", "--from", source.url, "--to", target.url, "--dry-run")
         assert done.returncode == 0, done.stderr
         assert "webhooks                   9 rows" in done.stdout

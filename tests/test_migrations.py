@@ -200,7 +200,7 @@ def test_two_migrations_at_once_both_succeed(backend: str, empty: Place) -> None
 
 
 def test_who_waits_for_another_migration_is_told_so(empty: Place) -> None:
-    db = open_database(empty.url)
+    db = open_database(empty.url, create=True)
     command = [sys.executable, str(ROOT / "manage.py"), "migrate", "up"]
     env = environment(DATABASE_URL=empty.url)
     with db.connection_context(), alone(db, schema.ADVISORY_LOCK):

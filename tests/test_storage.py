@@ -82,7 +82,7 @@ async def test_a_failing_write_rolls_back_alone_while_its_neighbours_commit(db: 
 
 async def test_a_full_disk_fails_the_whole_group_and_stores_nothing(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/small.db"
-    roomy = open_database(url)
+    roomy = open_database(url, create=True)
     models.db.initialize(roomy)
     schema.up(roomy)
     with roomy.connection_context():
