@@ -199,14 +199,7 @@ def test_no_request_gets_a_500_and_every_answer_is_json(client: TestClient) -> N
         method, route = request
         path = re.sub(r"{[^}]*}", lambda parameter: quote(id_, safe=""), route.path)
         encoded = [(name.encode(), value.encode("latin-1")) for name, value in header.items()]
-        answer = client.request(
-            method,
-            path.format(quote(id_, safe="")),
-            params=query,
-            content=body,
-            headers=encoded,
-            follow_redirects=False,
-        )
+        answer = client.request(method, path, params=query, content=body, headers=encoded, follow_redirects=False)
         assert answer.status_code < 500, answer.text
         if answer.status_code != 204 and method != "HEAD":
             answer.json()
