@@ -57,9 +57,10 @@ def check(fields: Mapping[str, Any]) -> None:
     Raises Invalid that names the field; no message holds a secret.
     """
     for name, value in fields.items():
-        if name not in PROBLEMS:
+        problem_of = PROBLEMS.get(name)
+        if problem_of is None:
             raise Invalid(f"{name} is not a field of a webhook that can be set")
-        if (problem := PROBLEMS[name](value)) is not None:
+        if (problem := problem_of(value)) is not None:
             raise Invalid(f"{name} {problem}")
 
 
@@ -90,16 +91,25 @@ def url_problem(url: Any) -> str | None:
 
 def url_shape_problem(url: Any) -> str | None:
     """The same, without limits: an import has URLs with passwords, or longer ones."""
-    if not isinstance(url, str) or not url[:8].lower().startswith(("http://", "https://")):
-        return "must start with http:// or https://"
-    if NOT_OF_A_URL.search(url):
-        return text_problem(url) or "must not contain spaces or control characters"
-    match = ORIGIN.match(url)
-    if match is None or (match[3] and int(match[3]) > 65535):
+    match = ORIGIN.match(url) if isinstance(url, str) else None
+    if match is None:
+        if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
+            return "must start with http:// or https://"
         return "must have a host, and behind a colon nothing but its port"
-    if match[2][0] == "[" and not is_ipv6(match[2][1:-1]):
+    if not (url.isascii() and url.isprintable() and " " not in url) and NOT_OF_A_URL.search(url):
+        return text_problem(url) or "must not contain spaces or control characters"
+    host, port = match[2], match[3]
+    if host[0] == "[" and not is_ipv6(host[1:-1]):
         return "has brackets around what is not an IPv6 address"
+    if port and int(port) > 65535:
+        return "must have a port from 0 to 65535"
     return None
+
+
+def host_of(url: str) -> str:
+    """The host in lower case; empty where there is none, as in what an adopted table may hold."""
+    match = ORIGIN.match(url)
+    return match[2].lower() if match else ""
 
 
 def is_ipv6(text: str) -> bool:
@@ -112,7 +122,10 @@ def is_ipv6(text: str) -> bool:
 def events_problem(events: Any) -> str | None:
     if isinstance(events, str) or not isinstance(events, Sequence) or len(events) > MAX_EVENTS:
         return f"must be a list of at most {MAX_EVENTS} event types"
-    return next((problem for event in events if (problem := name_problem(event)) is not None), None)
+    for event in events:
+        if (problem := name_problem(event)) is not None:
+            return problem
+    return None
 
 
 def team_problem(team: Any) -> str | None:
@@ -201,6 +214,8 @@ def text_problem(text: str) -> str | None:
     """Why the databases would not store this, or store it differently; None if both can."""
     if "\0" in text:
         return "must not contain NUL characters"
+    if text.isascii():
+        return None
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -192,7 +192,7 @@ def test_what_no_database_can_store_is_answered_alike_by_both(server: Server) ->
             content=json.dumps({"event_type": "a", "data": {"team": text}}),
             headers={"Content-Type": "application/json"},
         )
-        assert (published.status_code, published.json()["deliveries"]) == (202, 0)
+        assert (published.status_code, published.json().get("deliveries")) == ((202, 0) if text == nul else (422, None))
         for path in ("webhooks", "events"):
             place = cursor("2026-01-01T00:00:00", text)
             assert client.get(f"/api/v1/{path}", params={"cursor": place}).status_code == 422

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from ipaddress import ip_network
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
@@ -17,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from hookline import deliveries, egress, events, history
 from hookline.errors import NotFound
-from hookline.registration import Registration, generate_secret
+from hookline.registration import Registration, generate_secret, host_of
 from hookline.storage import Storage
 from hookline.webhooks import WebhookManager
 from web import schemas
@@ -80,7 +79,7 @@ def warnings(request: Request, url: str, events: Sequence[str]) -> list[str]:
 
 def is_local_name(url: str) -> bool:
     """A name of multicast DNS (RFC 6762)."""
-    return (urlsplit(url).hostname or "").rstrip(".").endswith(".local")
+    return host_of(url).rstrip(".").endswith(".local")
 
 
 def is_private(network: egress.Network) -> bool:

@@ -37,6 +37,7 @@ from hookline.registration import (
     MAX_RATE,
     MAX_RETRIES,
     MAX_SECRET,
+    MAX_URL,
     MAX_WAIT,
     MIN_RATE,
     MIN_SECRET,
@@ -66,16 +67,21 @@ class Refused(Exception):
         self.detail = detail
 
 
-def problem_free(name: str, problem_of: Callable[[Any], str | None]) -> AfterValidator:
+def problem_free(problem_of: Callable[[Any], str | None]) -> AfterValidator:
     """What comes in must be without a problem, in the words of `hookline.registration`."""
 
     def check(value: Any) -> Any:
-        text = str(value) if isinstance(value, HttpUrl) else value
-        if (problem := problem_of(text)) is not None:
-            raise PydanticCustomError(f"{name}_value", "Value {problem}", {"problem": problem})
+        if (problem := problem_of(value)) is not None:
+            raise PydanticCustomError("value_refused", "Value {problem}", {"problem": problem})
         return value
 
     return AfterValidator(check)
+
+
+def url_problem(url: HttpUrl) -> str | None:
+    """Pydantic vouches for its shape, which is checked again when it is stored."""
+    text = str(url)
+    return registration.url_problem(text) if "@" in text or len(text) > MAX_URL else None
 
 
 def no_nul(text: Any) -> Any:
@@ -85,21 +91,17 @@ def no_nul(text: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(no_nul)]
-Url = Annotated[HttpUrl, BeforeValidator(no_nul), problem_free("url", registration.url_problem)]
-Secret = Annotated[
-    str, Field(min_length=MIN_SECRET, max_length=MAX_SECRET), problem_free("secret", registration.secret_problem)
-]
-NewSecret = Annotated[Secret, problem_free("secret", registration.key_problem)]
+Url = Annotated[HttpUrl, BeforeValidator(no_nul), problem_free(url_problem)]
+Secret = Annotated[str, Field(min_length=MIN_SECRET, max_length=MAX_SECRET), problem_free(registration.secret_problem)]
+NewSecret = Annotated[Secret, problem_free(registration.key_problem)]
 Seconds = Annotated[float, Field(ge=MIN_WAIT, le=MAX_WAIT)]
-Name = Annotated[str, Field(max_length=MAX_NAME), problem_free("name", registration.name_problem)]
+Name = Annotated[Text, Field(max_length=MAX_NAME)]
 Events = Annotated[list[Name], Field(max_length=MAX_EVENTS)]
-Description = Annotated[
-    str, Field(max_length=MAX_DESCRIPTION), problem_free("description", registration.description_problem)
-]
+Description = Annotated[Text, Field(max_length=MAX_DESCRIPTION)]
 Headers = Annotated[
     dict[str, Annotated[str, Field(max_length=MAX_HEADER_VALUE)]],
     Field(max_length=MAX_HEADERS),
-    problem_free("headers", registration.headers_problem),
+    problem_free(registration.headers_problem),
 ]
 
 
