@@ -45,7 +45,7 @@ async def ready(request: Request) -> Response:
 
 async def domain_error(request: Request, exc: Exception) -> Response:
     if isinstance(exc, Unavailable):
-        log.error("%s %s: %s", request.method, request.url.path, exc)
+        log.error("%s %r: %s", request.method, request.scope["path"], exc)
     return JSONResponse(
         {"detail": str(exc)}, next(status for kind, status in STATUSES.items() if isinstance(exc, kind))
     )
