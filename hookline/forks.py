@@ -58,7 +58,7 @@ _held: list[Any] = []  # the pools that are held until the fork is done
 
 def follow(db: Database) -> None:
     """Keep the connections of this database to the process that opened them."""
-    if db.database != ":memory:":  # a child has its own copy of that
+    if ":memory:" not in str(db.database):  # a child has its own copy of that
         _databases.add(db)
 
 
@@ -78,7 +78,7 @@ def is_refused(db: Database) -> bool:
     """Must this process not use the file of this SQLite database, because its parent's handle is still open here?"""
     if not inherited or not isinstance(db, SqliteDatabase):
         return False
-    with suppress(OSError):
+    with suppress(OSError, TypeError):  # no file, or no name yet
         found = os.stat(db.database)
         return (found.st_dev, found.st_ino) in inherited
     return False
