@@ -24,7 +24,8 @@ from weakref import WeakSet
 from peewee import Database, OperationalError, SqliteDatabase
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase, PooledSqliteDatabase
 
-WAIT = 1.0  # seconds that a fork waits for other threads to give back their connections to SQLite
+WAIT = 10.0  # seconds that a fork waits for other threads to give back their connections to SQLite
+LOOK = 0.02  # seconds between looks whether they have
 REFUSED = (
     "this process was forked while its parent used this SQLite database, so it cannot: fork outside of transactions, "
     "and while no other thread uses it, or start the process by spawn"
@@ -93,7 +94,7 @@ def _before() -> None:
             _held.append(pool)
             pool.is_forking = True  # nobody gets a connection now
             while _others(pool) and (left := deadline - time.monotonic()) > 0:
-                pool._pool_available.wait(left)
+                pool._pool_available.wait(min(left, LOOK))  # Peewee wakes one of those that wait, and not always us
             pool.close_idle()
 
 
@@ -104,8 +105,9 @@ def _pools() -> Iterator[Any]:
 
 
 def _others(pool: Any) -> bool:
-    """Do other threads have connections?"""
-    return any(key != id(pool._state.conn) for key in pool._in_use)
+    """Do other threads have connections that they will give back soon? What is held for long is held for good."""
+    own, since = id(pool._state.conn), time.time() - WAIT
+    return any(key != own and held.checked_out > since for key, held in pool._in_use.items())
 
 
 def _in_parent() -> None:
