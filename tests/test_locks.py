@@ -355,7 +355,7 @@ async def test_webhooks_that_somebody_holds_keep_no_other_from_being_recorded_an
     async with asyncio.timeout(20):
         while worker._aside or worker._jobs:
             await asyncio.sleep(0.01)
-    assert worker._free == 6
+    assert worker.capacity.free == 6
     sent = [one.headers["webhook-id"] for one in receiver.received]
     assert len(sent) == len(set(sent))
     assert [len(receiver.at(f"/{name}")) for name in ("held", "free")] == [10, 60]
