@@ -11,34 +11,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 
 from peewee import Database
 
-from hookline import clock, events, lanes, policy, recovery, retention, signing
+from hookline import clock, events, lanes, recovery, retention, signing
 from hookline.capacity import Capacity
 from hookline.database import LOCK_TIMEOUT
 from hookline.egress import Client
 from hookline.errors import Unavailable
 from hookline.events import Wake
 from hookline.failures import LOCKED, error_name
-from hookline.lanes import Job, Settled
-from hookline.policy import Rules
+from hookline.lanes import Job
+from hookline.policy import Result, Rules
+from hookline.recorder import AGAIN, MARGIN, Recorder
 from hookline.storage import Storage
-from models import read_time, stored_time
+from models import read_time
 
 log = logging.getLogger("hookline")
 
 CROWDED = 0.02  # seconds until the next look where others hold the lanes that are due
 POLL = 0.5  # seconds between looks for what other processes queued
-MARGIN = 1.0  # seconds of a lease that are left for settling
 JUMP = 60.0  # seconds that the clock may go back before what waits is looked through
-AGAIN = 1.0  # seconds between tries while the database cannot be used
+UNUSABLE = "the delivery could not be made: the webhook's headers or its secret cannot be used"
 
 
 class Worker:
@@ -51,15 +49,11 @@ class Worker:
         self.capacity = Capacity(rules.concurrency, rules.share)
         self._jobs: dict[int, asyncio.Task[None]] = {}
         self._taking: set[asyncio.Task[None]] = set()
-        self._settled: list[Settled] = []  # what has come back and is not recorded yet
-        self._recording: asyncio.Task[None] | None = None
-        self._aside: dict[str, list[Settled]] = {}  # of webhooks that somebody else holds
-        self._recording_aside: asyncio.Task[None] | None = None
+        self._recorder = Recorder(storage, rules, self.capacity, self._end)
         self._coming = 0  # commits that leased deliveries to us, and whose wake has not reached the loop yet
         self._lock = threading.Lock()  # of this count: whoever publishes changes it
         self._backlog = False  # is more due than we had slots for?
         self._stopping = False
-        self._stop_by = math.inf  # of time.monotonic(): when to give up what somebody else keeps us from recording
         self._problem = ""  # why the last look for deliveries failed
         self._next_sweep = 0.0  # of time.monotonic()
         self._sweeping: asyncio.Task[None] | None = None
@@ -85,7 +79,7 @@ class Worker:
         """Claim nothing more, give what is in flight `grace` seconds, and release the rest for other workers."""
         self._stopping = True
         self.capacity.close()
-        self._stop_by = time.monotonic() + LOCK_TIMEOUT
+        self._recorder.stop_within(LOCK_TIMEOUT)
         for_others = events.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
         events.attach(self.db, for_others)
         self._awake.set()
@@ -102,10 +96,7 @@ class Worker:
         for task in left.values():
             task.cancel()
         await asyncio.gather(*left.values(), return_exceptions=True)
-        if self._recording is not None:
-            await self._recording
-        if self._recording_aside is not None:
-            await self._recording_aside
+        await self._recorder.finish()
         await self._release(list(left))
         await self.client.close()
 
@@ -170,6 +161,7 @@ class Worker:
         while not self._stopping:
             try:
                 self._heal()
+                self._recorder.reports.catch_up()
                 wait = await self._step()
                 self.beat = time.monotonic()
                 self._report("")
@@ -274,28 +266,27 @@ class Worker:
         self._jobs[job.delivery_id] = self._loop.create_task(self._deliver(job))
 
     async def _deliver(self, job: Job) -> None:
-        """One attempt. If this fails the lease runs out and the delivery is made again."""
+        """One attempt. Whatever goes wrong with it is its result, so that it is counted."""
+        if self._is_too_late(job.leased_at):
+            self._end(job)  # too late for us: whoever finds the lease run out sends it
+            return
         try:
-            if self._is_too_late(job.leased_at):
-                self._end(job)  # too late for us: whoever finds the lease run out sends it
-                return
-            result = await self.client.post(job.url, job.body, self._headers(job))
-            settlement = policy.settle(
-                result,
-                attempts=job.attempts + 1 - job.attempts_before,
-                failures=job.failures,
-                schedule=job.own_schedule() or self.rules.retry_schedule,
-                now=clock.now(),
-            )
-        except BaseException as exc:
+            result = await self._attempt(job)
+        except BaseException:  # it was stopped
             self._end(job)
-            if not isinstance(exc, Exception):
-                raise
-            log.exception("delivery %s waits for its lease to run out", job.delivery_id)
-        else:
-            self._settled.append(Settled(job, result, settlement))
-            if self._recording is None:
-                self._recording = self._loop.create_task(self._record())
+            raise
+        self._recorder.add(job, result)
+
+    async def _attempt(self, job: Job) -> Result:
+        started_at = clock.now()
+        try:
+            headers = self._headers(job)
+        except Exception as exc:  # of what is in the database: nothing was sent
+            return Result(started_at, 0, error=f"{UNUSABLE}: {type(exc).__name__}")
+        try:
+            return await self.client.post(job.url, job.body, headers)
+        except Exception as exc:
+            return Result(started_at, 0, error=f"the request failed: {type(exc).__name__}")
 
     def _headers(self, job: Job) -> dict[str, str]:
         now = clock.now()
@@ -312,69 +303,6 @@ class Worker:
             body=job.body,
         )
         return job.own_headers() | signed if job.headers else signed
-
-    async def _record(self) -> None:
-        """Settle what has come back, one batch after the other: the next one gathers while one is committed."""
-        while batch := self._settled:
-            self._settled = []
-            held = [one for one in batch if one.job.webhook_id in self._aside]
-            held += await self._settle([one for one in batch if one.job.webhook_id not in self._aside])
-            self._end_all(batch, but=held)
-            for one in held:
-                aside = self._aside.setdefault(one.job.webhook_id, [])
-                aside.append(one)
-                self.capacity.block(one.job.webhook_id, len(aside))
-            if held and self._recording_aside is None:
-                self._recording_aside = self._loop.create_task(self._record_aside())
-        self._recording = None
-
-    async def _record_aside(self) -> None:
-        """Settle what was put aside again and again, each webhook for itself, until nobody else holds it."""
-        while self._aside:
-            await asyncio.sleep(AGAIN)
-            for webhook_id in list(self._aside):
-                batch = list(self._aside[webhook_id])
-                held = await self._settle(batch, only_free=True)
-                held = self._still_ours(held, "somebody else holds their webhook", time.monotonic() > self._stop_by)
-                self._end_all(batch, but=held)
-                self._aside[webhook_id][: len(batch)] = held  # behind them is what came back meanwhile
-                self.capacity.block(webhook_id, len(self._aside[webhook_id]))
-                if not self._aside[webhook_id]:
-                    del self._aside[webhook_id]
-        self._recording_aside = None
-
-    async def _settle(self, batch: list[Settled], only_free: bool = False) -> list[Settled]:
-        """Record these as soon as the database can be used; returns those whose webhook somebody else holds."""
-        while batch:
-            try:
-                cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
-                return await self.storage.write(lanes.settle, self.db, batch, cutoff, only_free)
-            except Unavailable as exc:
-                if error_name(exc) != LOCKED:
-                    batch = self._still_ours(batch, str(exc), self._stopping)
-                    await asyncio.sleep(AGAIN if batch else 0)
-                elif only_free:
-                    return batch
-                else:
-                    only_free = True
-            except Exception:
-                log.exception("%s deliveries wait for their leases to run out", len(batch))
-                return []
-        return []
-
-    def _still_ours(self, batch: list[Settled], why: str, give_up: bool) -> list[Settled]:
-        """Those that may be recorded later: failures while they are leased to us, successes as long as we run."""
-        begun = time.monotonic() - self.rules.lease + MARGIN  # leases from before are over
-        found = [] if give_up else [one for one in batch if one.is_success or one.job.leased_at > begun]
-        if lost := len(batch) - len(found):
-            log.error("the results of %s deliveries are lost, they will be made again: %s", lost, why)
-        return found
-
-    def _end_all(self, batch: list[Settled], but: list[Settled]) -> None:
-        held = {one.job.delivery_id for one in but}
-        for one in batch:
-            if one.job.delivery_id not in held:
-                self._end(one.job)
 
     def _end(self, job: Job) -> None:
         del self._jobs[job.delivery_id]

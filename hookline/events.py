@@ -320,6 +320,7 @@ def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False
     `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter (`{numbers}`: of those
     that are numbers). With `open_now` a lane that rests is opened.
     """
+
     def wake() -> None:
         outlet_of(db).wake(Wake())
 
