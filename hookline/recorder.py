@@ -68,7 +68,7 @@ class Recorder:
     def _schedule(self, job: Job) -> Sequence[float]:
         try:
             return job.own_schedule() or self.rules.retry_schedule
-        except ValueError:
+        except Exception:  # whatever is in the database
             log.warning("webhook %s: its retry schedule cannot be used, the service's own is", job.webhook_id)
             return self.rules.retry_schedule
 
