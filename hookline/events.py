@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,7 @@ MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that s
     "(SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
     f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
 )
+TIGHT = 50  # webhooks that are near their share: what the others get too many is given back when it takes its slots
 TEST_EVENT = "webhook.test"
 TEST_DATA = {"message": "A test event: it was asked for by hand, and means nothing."}
 
@@ -272,6 +274,7 @@ def _insert_matching(
     Each webhook gets `most` deliveries at most.
     """
     tight = [(one, max(slots.share - held, 0)) for one, held in slots.held.items() if held + most > slots.share]
+    tight = sorted(tight, key=itemgetter(1))[:TIGHT]
     moment = sql.moment(db)
     matching = sql.each(
         db,

@@ -44,7 +44,7 @@ class Reports:
         for one in outcomes.failed:
             log.warning("delivery %s to webhook %s has failed for good: %s", one.job.delivery_id, *_failure(one))
         for webhook_id, why in outcomes.disabled.items():
-            log.warning("webhook %s was disabled: %s", webhook_id, why)
+            disabled(webhook_id, why)
 
     def catch_up(self) -> None:
         """Tell what could not be told yet."""
@@ -56,6 +56,8 @@ class Reports:
         said = self._said.get(webhook_id, Said(False, now - REST))
         self._unsaid.pop(webhook_id, None)
         if fails is said.fails:
+            if not fails and now - said.at >= REST:
+                self._said.pop(webhook_id, None)
             return
         if now - said.at < REST:
             self._unsaid[webhook_id] = one
@@ -69,6 +71,10 @@ class Reports:
         if len(self._said) > MOST:
             forgotten, _ = self._said.popitem(last=False)
             self._unsaid.pop(forgotten, None)
+
+
+def disabled(webhook_id: str, why: str) -> None:
+    log.warning("webhook %s was disabled: %s", webhook_id, why)
 
 
 def _failure(one: Settled) -> tuple[str, str]:
