@@ -31,6 +31,7 @@ COLUMNS = [
     Delivery.last_status_code,
     Delivery.last_error,
     Delivery.last_response,
+    Delivery.reason,
     Delivery.leased,
     Webhook.ordered,
     Webhook.enabled,
@@ -91,7 +92,7 @@ def retry(db: Database, delivery_id: int) -> Row:
             raise Conflict("this delivery is being made right now")
         again = {"attempts_before": Delivery.attempts} if row["status"] in FINAL else {}
         due = read_time(IN_ORDER) if row["ordered"] else now
-        _move(db, row, status=Status.PENDING, leased=False, next_attempt_at=due, finished_at=None, **again)
+        _move(db, row, status=Status.PENDING, leased=False, next_attempt_at=due, finished_at=None, reason=None, **again)
         events.queue(db, "delivery_id IN (SELECT id FROM {numbers})", sql.ids([delivery_id]), open_now=True)
         return get(db, delivery_id)
 
@@ -99,7 +100,7 @@ def retry(db: Database, delivery_id: int) -> Row:
 def cancel(db: Database, delivery_id: int) -> Row:
     """Give this delivery up. Raises NotFound, Conflict, Unavailable.
 
-    If it is being made right now and arrives, it has succeeded all the same.
+    If it is being made right now and arrives, it has succeeded all the same; if not, its log tells of the attempt.
     """
     with transaction(db):
         row = _row(db, delivery_id)
@@ -114,7 +115,7 @@ def cancel(db: Database, delivery_id: int) -> Row:
             leased=False,
             next_attempt_at=None,
             finished_at=clock.now(),
-            last_error=reason,
+            reason=reason,
         )
         return get(db, delivery_id)
 
@@ -165,7 +166,7 @@ def _shown(db: Database, row: Row) -> Row:
         "attempts": row["attempts"],
         "next_attempt_at": until,
         "waiting_for": waiting_for,
-        "reason": row["last_error"] if row["status"] in (Status.FAILED, Status.CANCELLED) else None,
+        "reason": row["reason"] or row["last_error"] if row["status"] in (Status.FAILED, Status.CANCELLED) else None,
         "created_at": row["created_at"],
         "finished_at": row["finished_at"],
     }
@@ -214,6 +215,7 @@ def restart(db: Database, webhook_id: str, since: datetime, until: datetime | No
     moment = sql.moment(db)
     statement = f"""
         UPDATE deliveries SET status = 'pending', leased = FALSE, finished_at = NULL, attempts_before = attempts,
+               reason = NULL,
                next_attempt_at = CASE WHEN (SELECT ordered FROM webhooks w WHERE w.webhook_id = deliveries.webhook_id)
                                       THEN {moment} ELSE {moment} END
         WHERE delivery_id IN (SELECT id FROM {sql.rows(db, "id bigint")}) AND status <> 'pending'"""

@@ -11,32 +11,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 import time
 from collections import Counter
-from datetime import timedelta
+from collections.abc import Sequence
 
 from peewee import Database
 
-from hookline import clock, events, lanes, orphans, policy, recovery, retention, signing
+from hookline import clock, events, lanes, orphans, recovery, retention, signing
+from hookline.capacity import Capacity
 from hookline.database import LOCK_TIMEOUT
 from hookline.egress import Client
 from hookline.errors import Unavailable
 from hookline.events import Wake
 from hookline.failures import LOCKED, error_name
-from hookline.lanes import Job, Settled
-from hookline.policy import Rules
+from hookline.lanes import Job
+from hookline.policy import Result, Rules
+from hookline.recorder import AGAIN, MARGIN, Recorder
 from hookline.storage import Storage
-from models import read_time, stored_time
+from models import read_time
 
 log = logging.getLogger("hookline")
 
 CROWDED = 0.02  # seconds until the next look where others hold the lanes that are due
 POLL = 0.5  # seconds between looks for what other processes queued
-MARGIN = 1.0  # seconds of a lease that are left for settling
 JUMP = 60.0  # seconds that the clock may go back before what waits is looked through
-AGAIN = 1.0  # seconds between tries while the database cannot be used
+UNUSABLE = "the delivery could not be made: the webhook's headers or its secret cannot be used"
 
 
 class Worker:
@@ -46,18 +46,14 @@ class Worker:
         self.storage, self.client, self.rules = storage, client, rules
         self.max_payload = max_payload
         self.beat = time.monotonic()  # when the loop last went round
+        self.capacity = Capacity(rules.concurrency, rules.share)
         self._jobs: dict[int, asyncio.Task[None]] = {}
-        self._held: Counter[str] = Counter()  # deliveries of each webhook that we have, those coming included
-        self._lock = threading.Lock()  # of the two counts: whoever publishes changes them
         self._taking: set[asyncio.Task[None]] = set()
-        self._settled: list[Settled] = []  # what has come back and is not recorded yet
-        self._recording: asyncio.Task[None] | None = None
-        self._aside: dict[str, list[Settled]] = {}  # of webhooks that somebody else holds
-        self._recording_aside: asyncio.Task[None] | None = None
-        self._coming = 0  # deliveries leased to us by a commit whose wake has not reached the loop yet
+        self._recorder = Recorder(storage, rules, self.capacity, self._end)
+        self._coming = 0  # commits that leased deliveries to us, and whose wake has not reached the loop yet
+        self._lock = threading.Lock()  # of this count: whoever publishes changes it
         self._backlog = False  # is more due than we had slots for?
         self._stopping = False
-        self._stop_by = math.inf  # of time.monotonic(): when to give up what somebody else keeps us from recording
         self._problem = ""  # why the last look for deliveries failed
         self._next_sweep = 0.0  # of time.monotonic()
         self._sweeping: asyncio.Task[None] | None = None
@@ -74,7 +70,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._awake = asyncio.Event()
         await self.client.start()
-        outlet = events.Outlet(self.max_payload, self.rules.lease, self.slots, self.wake)
+        outlet = events.Outlet(self.max_payload, self.rules.lease, self.capacity.slots, self.wake)
         events.attach(self.db, outlet)
         self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
@@ -83,7 +79,8 @@ class Worker:
     async def stop(self, grace: float = 5) -> None:
         """Claim nothing more, give what is in flight `grace` seconds, and release the rest for other workers."""
         self._stopping = True
-        self._stop_by = time.monotonic() + LOCK_TIMEOUT
+        self.capacity.close()
+        self._recorder.stop_within(LOCK_TIMEOUT)
         for_others = events.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
         events.attach(self.db, for_others)
         self._awake.set()
@@ -100,65 +97,46 @@ class Worker:
         for task in left.values():
             task.cancel()
         await asyncio.gather(*left.values(), return_exceptions=True)
-        if self._recording is not None:
-            await self._recording
-        if self._recording_aside is not None:
-            await self._recording_aside
+        await self._recorder.finish()
         await self._release(list(left))
         await self.client.close()
 
-    def slots(self) -> events.Slots:
-        """What we can take now. Asked by whoever publishes, in any thread."""
-        return events.Slots(self._free, self.rules.share, self._busy)
-
     def wake(self, wake: Wake) -> None:
-        """Called after a commit, in any thread."""
+        """Called after a commit, in any thread: what was leased takes its slots now, as far as there are any."""
+        fits = self.capacity.take([webhook_id for _, webhook_id in wake.leased])
+        kept = [lease for lease, has_slot in zip(wake.leased, fits, strict=True) if has_slot]
+        surplus = [delivery_id for (delivery_id, _), has_slot in zip(wake.leased, fits, strict=True) if not has_slot]
         with self._lock:
-            self._coming += len(wake.leased)
-            self._held.update(webhook_id for _, webhook_id in wake.leased)
-        self._loop.call_soon_threadsafe(self._take, wake)
+            self._coming += 1
+        self._loop.call_soon_threadsafe(self._take, wake._replace(leased=kept), surplus)
 
-    @property
-    def _free(self) -> int:
-        if self._stopping:
-            return 0
-        aside = sum(map(len, list(self._aside.values())))
-        slots = self.rules.concurrency + min(aside, self.rules.concurrency)  # so many hold none: there come no more
-        return max(slots - len(self._jobs) - self._coming, 0)
-
-    @property
-    def _busy(self) -> list[str]:
-        """The webhooks that have half of our slots, and those whose results we cannot record."""
-        aside = list(self._aside)
-        if len(self._jobs) + self._coming < self.rules.share:
-            return aside
+    def _take(self, wake: Wake, surplus: Sequence[int]) -> None:
         with self._lock:
-            return aside + [webhook_id for webhook_id, held in self._held.items() if held >= self.rules.share]
-
-    def _take(self, wake: Wake) -> None:
-        if wake.leased:
-            task = self._loop.create_task(self._begin_leased(wake))
+            self._coming -= 1
+        if wake.leased or surplus:
+            task = self._loop.create_task(self._begin_leased(wake, surplus))
             self._taking.add(task)
             task.add_done_callback(self._taking.discard)
         else:
             self._awake.set()
             self.storage.notify()
 
-    async def _begin_leased(self, wake: Wake) -> None:
-        """Begin what this process has published, from its committed rows; give it back if it stops."""
+    async def _begin_leased(self, wake: Wake, surplus: Sequence[int]) -> None:
+        """Begin what this process has published, from its committed rows; give the surplus back, or all if it stops."""
+        jobs: list[Job] = []
         try:
-            jobs = [] if self._stopping else await self._loaded(wake)
+            loaded = [] if self._stopping else await self._loaded(wake)
+            jobs = [] if self._stopping else loaded
         finally:
-            with self._lock:
-                self._coming -= len(wake.leased)
-                self._held.subtract(webhook_id for _, webhook_id in wake.leased)
-        if self._stopping:
-            await self._release([delivery_id for delivery_id, _ in wake.leased])
-            return
+            unused = Counter(webhook_id for _, webhook_id in wake.leased)
+            unused.subtract(job.webhook_id for job in jobs)
+            self.capacity.give_back(unused.elements())
         for job in jobs:
             self._begin(job)
+        stopped = [delivery_id for delivery_id, _ in wake.leased] if self._stopping else []
+        await self._release([*surplus, *stopped])
 
-    async def _release(self, delivery_ids: list[int]) -> None:
+    async def _release(self, delivery_ids: Sequence[int]) -> None:
         try:
             if delivery_ids:
                 await self.storage.write(lanes.release, self.db, delivery_ids)
@@ -184,6 +162,7 @@ class Worker:
         while not self._stopping:
             try:
                 self._heal()
+                self._recorder.reports.catch_up()
                 wait = await self._step()
                 self.beat = time.monotonic()
                 self._report("")
@@ -254,56 +233,62 @@ class Worker:
 
     async def _step(self) -> float:
         """Claim and begin what is due, as far as there are slots; returns how many seconds to wait for more."""
-        free = self._free
+        free, busy = self.capacity.free, self.capacity.saturated
         if not free:
             self._backlog = True
             return POLL
-        busy = self._busy
         due = await self.storage.read(lanes.next_due, self.db, busy)
         now = clock.now()
         self._backlog = bool(busy) or (due is not None and due <= now)
         if due is None or due > now:
             return POLL if due is None else min(POLL, (due - now).total_seconds())
         try:
-            jobs = await self.storage.write(lanes.claim, self.db, self.rules, free, dict(self._held), busy)
+            in_flight = self.capacity.slots().held
+            jobs = await self.storage.write(lanes.claim, self.db, self.rules, free, in_flight, busy)
         except Unavailable as exc:
             if error_name(exc) != LOCKED:
                 raise
             return CROWDED
-        for job in jobs:
-            self._begin(job)
+        await self._begin_claimed(jobs)
         return 0 if jobs else CROWDED
 
+    async def _begin_claimed(self, jobs: list[Job]) -> None:
+        """Begin them as far as there are slots: meanwhile others may have leased, and taken some."""
+        fits = self.capacity.take([job.webhook_id for job in jobs])
+        for job, has_slot in zip(jobs, fits, strict=True):
+            if has_slot:
+                self._begin(job)
+        await self._release([job.delivery_id for job, has_slot in zip(jobs, fits, strict=True) if not has_slot])
+
     def _begin(self, job: Job) -> None:
+        """Begin one that has a slot."""
         if job.delivery_id in self._jobs:  # a lease that ran out on us: the one in flight goes on
+            self.capacity.give_back([job.webhook_id])
             return
-        with self._lock:
-            self._held[job.webhook_id] += 1
         self._jobs[job.delivery_id] = self._loop.create_task(self._deliver(job))
 
     async def _deliver(self, job: Job) -> None:
-        """One attempt. If this fails the lease runs out and the delivery is made again."""
+        """One attempt. Whatever goes wrong with it is its result, so that it is counted."""
+        if self._is_too_late(job.leased_at):
+            self._end(job)  # too late for us: whoever finds the lease run out sends it
+            return
         try:
-            if self._is_too_late(job.leased_at):
-                self._end(job)  # too late for us: whoever finds the lease run out sends it
-                return
-            result = await self.client.post(job.url, job.body, self._headers(job))
-            settlement = policy.settle(
-                result,
-                attempts=job.attempts + 1 - job.attempts_before,
-                failures=job.failures,
-                schedule=job.own_schedule() or self.rules.retry_schedule,
-                now=clock.now(),
-            )
-        except BaseException as exc:
+            result = await self._attempt(job)
+        except BaseException:  # it was stopped
             self._end(job)
-            if not isinstance(exc, Exception):
-                raise
-            log.exception("delivery %s waits for its lease to run out", job.delivery_id)
-        else:
-            self._settled.append(Settled(job, result, settlement))
-            if self._recording is None:
-                self._recording = self._loop.create_task(self._record())
+            raise
+        self._recorder.add(job, result)
+
+    async def _attempt(self, job: Job) -> Result:
+        started_at = clock.now()
+        try:
+            headers = self._headers(job)
+        except Exception as exc:  # of what is in the database: nothing was sent
+            return Result(started_at, 0, error=f"{UNUSABLE}: {type(exc).__name__}")
+        try:
+            return await self.client.post(job.url, job.body, headers)
+        except Exception as exc:
+            return Result(started_at, 0, error=f"the request failed: {type(exc).__name__}")
 
     def _headers(self, job: Job) -> dict[str, str]:
         now = clock.now()
@@ -321,72 +306,9 @@ class Worker:
         )
         return job.own_headers() | signed if job.headers else signed
 
-    async def _record(self) -> None:
-        """Settle what has come back, one batch after the other: the next one gathers while one is committed."""
-        while batch := self._settled:
-            self._settled = []
-            held = [one for one in batch if one.job.webhook_id in self._aside]
-            held += await self._settle([one for one in batch if one.job.webhook_id not in self._aside])
-            self._end_all(batch, but=held)
-            for one in held:
-                self._aside.setdefault(one.job.webhook_id, []).append(one)
-            if held and self._recording_aside is None:
-                self._recording_aside = self._loop.create_task(self._record_aside())
-        self._recording = None
-
-    async def _record_aside(self) -> None:
-        """Settle what was put aside again and again, each webhook for itself, until nobody else holds it."""
-        while self._aside:
-            await asyncio.sleep(AGAIN)
-            for webhook_id in list(self._aside):
-                batch = list(self._aside[webhook_id])
-                held = await self._settle(batch, only_free=True)
-                held = self._still_ours(held, "somebody else holds their webhook", time.monotonic() > self._stop_by)
-                self._end_all(batch, but=held)
-                self._aside[webhook_id][: len(batch)] = held  # behind them is what came back meanwhile
-                if not self._aside[webhook_id]:
-                    del self._aside[webhook_id]
-        self._recording_aside = None
-
-    async def _settle(self, batch: list[Settled], only_free: bool = False) -> list[Settled]:
-        """Record these as soon as the database can be used; returns those whose webhook somebody else holds."""
-        while batch:
-            try:
-                cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
-                return await self.storage.write(lanes.settle, self.db, batch, cutoff, only_free)
-            except Unavailable as exc:
-                if error_name(exc) != LOCKED:
-                    batch = self._still_ours(batch, str(exc), self._stopping)
-                    await asyncio.sleep(AGAIN if batch else 0)
-                elif only_free:
-                    return batch
-                else:
-                    only_free = True
-            except Exception:
-                log.exception("%s deliveries wait for their leases to run out", len(batch))
-                return []
-        return []
-
-    def _still_ours(self, batch: list[Settled], why: str, give_up: bool) -> list[Settled]:
-        """Those that may be recorded later: failures while they are leased to us, successes as long as we run."""
-        begun = time.monotonic() - self.rules.lease + MARGIN  # leases from before are over
-        found = [] if give_up else [one for one in batch if one.is_success or one.job.leased_at > begun]
-        if lost := len(batch) - len(found):
-            log.error("the results of %s deliveries are lost, they will be made again: %s", lost, why)
-        return found
-
-    def _end_all(self, batch: list[Settled], but: list[Settled]) -> None:
-        held = {one.job.delivery_id for one in but}
-        for one in batch:
-            if one.job.delivery_id not in held:
-                self._end(one.job)
-
     def _end(self, job: Job) -> None:
         del self._jobs[job.delivery_id]
-        with self._lock:
-            self._held[job.webhook_id] -= 1
-            if not self._held[job.webhook_id]:
-                del self._held[job.webhook_id]
+        self.capacity.give_back([job.webhook_id])
         if self._backlog or job.exclusive:
             self._awake.set()
 

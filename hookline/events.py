@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -39,20 +40,32 @@ MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that s
     "(SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
     f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
 )
+TIGHT = 50  # webhooks that are near their share: what the others get too many is given back when it takes its slots
 TEST_EVENT = "webhook.test"
 TEST_ID = "evt_test_"  # how the id of an event for one webhook alone begins: nobody else has missed it
 TEST_DATA = {"message": "A test event: it was asked for by hand, and means nothing."}
 
 
 class Slots(NamedTuple):
-    """What the worker of this process can take now: deliveries in all, of one webhook, and which ones have enough."""
+    """What the worker of this process can take now: so many in all; of one webhook its share, less what it has."""
 
     free: int = 0
     share: int = 0
-    busy: Sequence[str] = ()
+    held: Mapping[str, int] = {}
 
 
 Leased = tuple[int, str]  # delivery_id, webhook_id
+
+
+class Uncommitted:
+    """What one transaction has published so far."""
+
+    def __init__(self) -> None:
+        self.leased: Counter[str] = Counter()  # of each webhook
+        self.unopened: list[str] = []  # events that wait in lanes, which are opened once for all
+
+
+_uncommitted: WeakKeyDictionary[Any, Uncommitted] = WeakKeyDictionary()  # by Peewee's object of the transaction
 
 
 class Wake(NamedTuple):
@@ -280,20 +293,37 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
         for team in teams_of(draft.new.data)
     ]
     at, lost = stored_time(now), stored_time(now + timedelta(seconds=outlet.lease))
-    rows = _insert_matching(db, wanted, outlet.slots(), at, lost) if wanted else []
+    so_far = _uncommitted.setdefault(db.top_transaction(), Uncommitted())
+    slots = _less(outlet.slots(), so_far.leased)
+    rows = _insert_matching(db, wanted, slots, len(drafts), at, lost) if wanted else []
     for draft in drafts:
         if draft.new.only is not None:
             rows += _insert_one(db, draft.event_id, draft.new.only, at)
     leased = [(delivery_id, webhook_id) for delivery_id, webhook_id, _, is_leased in rows if is_leased]
     if len(leased) < len(rows):
-        queue(db, "event_id IN (SELECT id FROM {given}) AND NOT leased", sql.ids(draft.event_id for draft in drafts))
+        _queue_published(db, so_far, [draft.event_id for draft in drafts])
     if leased:
-        after_commit(db, lambda: outlet.wake(Wake(leased, lost, since)))
+        so_far.leased.update(webhook_id for _, webhook_id in leased)
+        after_commit(db, so_far.leased.clear, lambda: outlet.wake(Wake(leased, lost, since)))
     return Counter(event_id for _, _, event_id, _ in rows)
 
 
-def _insert_matching(db: Database, wanted: Sequence[Wanted], slots: Slots, at: str, lost: str) -> list[Inserted]:
-    """One statement for all: a seek in `subscriptions` for each type and team, whatever its size."""
+def _less(slots: Slots, leased: Mapping[str, int]) -> Slots:
+    """What is left of the slots for a transaction that has leased so much already."""
+    if not leased:
+        return slots
+    return Slots(max(slots.free - sum(leased.values()), 0), slots.share, Counter(slots.held) + Counter(leased))
+
+
+def _insert_matching(
+    db: Database, wanted: Sequence[Wanted], slots: Slots, most: int, at: str, lost: str
+) -> list[Inserted]:
+    """One statement for all: a seek in `subscriptions` for each type and team, whatever its size.
+
+    Each webhook gets `most` deliveries at most.
+    """
+    tight = [(one, max(slots.share - held, 0)) for one, held in slots.held.items() if held + most > slots.share]
+    tight = sorted(tight, key=itemgetter(1))[:TIGHT]
     moment = sql.moment(db)
     matching = sql.each(
         db,
@@ -304,26 +334,27 @@ def _insert_matching(db: Database, wanted: Sequence[Wanted], slots: Slots, at: s
         alias="w",
     )
     statement = f"""
+        WITH tight AS MATERIALIZED (SELECT id, room FROM {sql.rows(db, "id", "room integer")})
         INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
         SELECT webhook_id, event_id, leased,
                CASE WHEN leased THEN {moment} WHEN in_order THEN {moment} ELSE {moment} END, {moment}
         FROM (
             SELECT webhook_id, event_id, place, in_order, ordinary
                    AND row_number() OVER (ORDER BY place, webhook_id) <= {db.param}
-                   AND row_number() OVER (PARTITION BY webhook_id ORDER BY place) <= {db.param} AS leased
+                   AND row_number() OVER (PARTITION BY webhook_id ORDER BY place) <= coalesce(room, {db.param})
+                   AS leased
             FROM (
                 SELECT DISTINCT given.place, given.event_id, w.webhook_id, coalesce(w.ordered, FALSE) AS in_order,
                        w.rate_limit IS NULL AND w.ordered IS NOT TRUE AND NOT coalesce(
                            (SELECT l.failures > 0 OR l.due_at <= {moment} OR coalesce(l.open_at > {moment}, FALSE)
-                            FROM lanes l WHERE l.webhook_id = w.webhook_id), FALSE
-                       ) AND w.webhook_id NOT IN (SELECT id FROM {sql.rows(db, "id", alias="busy")}) AS ordinary
+                            FROM lanes l WHERE l.webhook_id = w.webhook_id), FALSE) AS ordinary
                 {matching}
-            ) AS matched
+            ) AS matched LEFT JOIN tight ON tight.id = matched.webhook_id
         ) AS placed
         ORDER BY place
         RETURNING delivery_id, webhook_id, event_id, leased"""
-    parameters = (lost, IN_ORDER, at, at, slots.free, slots.share, at, at, sql.ids(slots.busy), sql.parameter(wanted))
-    return list(db.execute_sql(statement, parameters).fetchall())
+    given = (sql.parameter(tight), lost, IN_ORDER, at, at, slots.free, slots.share, at, at, sql.parameter(wanted))
+    return list(db.execute_sql(statement, given).fetchall())
 
 
 def _insert_one(db: Database, event_id: str, webhook_id: str, at: str) -> list[Inserted]:
@@ -341,6 +372,38 @@ def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False
     `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter (`{numbers}`: of those
     that are numbers). With `open_now` a lane that rests is opened.
     """
+
+    def wake() -> None:
+        outlet_of(db).wake(Wake())
+
+    if in_unit(db):
+        _open_lanes(db, condition, *parameters, open_now=open_now)
+        after_commit(db, wake)
+    else:  # the caller's own transaction: until it ends it would hold lanes that workers and other publishers need
+        after_commit(db, lambda: _open_lanes(db, condition, *parameters, open_now=open_now), wake)
+
+
+def _queue_published(db: Database, so_far: Uncommitted, event_ids: Sequence[str]) -> None:
+    """Make the lanes due of what these events could not lease.
+
+    All events of a caller's own transaction at once, after its commit: one write more, however many they are.
+    """
+    condition = "event_id IN (SELECT id FROM {given}) AND NOT leased"
+    if in_unit(db):
+        queue(db, condition, sql.ids(event_ids))
+        return
+
+    def open_lanes() -> None:
+        unopened, so_far.unopened = so_far.unopened, []
+        if unopened:
+            _open_lanes(db, condition, sql.ids(unopened))
+            outlet_of(db).wake(Wake())
+
+    so_far.unopened += event_ids
+    after_commit(db, open_lanes)
+
+
+def _open_lanes(db: Database, condition: str, *parameters: Any, open_now: bool = False) -> None:
     moment = sql.moment(db)
     due = sql.later(db, "lanes.open_at", sql.sooner(db, "lanes.due_at", "excluded.due_at"))
     change = f"due_at = {due}"
@@ -354,19 +417,7 @@ def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False
         f"INSERT INTO lanes (webhook_id, due_at, failures) SELECT DISTINCT webhook_id, {moment}, 0 FROM deliveries "
         f"WHERE {where} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
     )
-    given = (stored_time(clock.now()), *parameters)
-
-    def open_lanes() -> None:
-        db.execute_sql(statement, given)
-
-    def wake() -> None:
-        outlet_of(db).wake(Wake())
-
-    if in_unit(db):
-        open_lanes()
-        after_commit(db, wake)
-    else:  # the caller's own transaction: until it ends it would hold lanes that workers and other publishers need
-        after_commit(db, open_lanes, wake)
+    db.execute_sql(statement, (stored_time(clock.now()), *parameters))
 
 
 def after_commit(db: Database, *steps: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from peewee import Database
 
-from hookline import clock, events, policy, sql
+from hookline import attempts, clock, events, policy, sql
 from hookline.database import is_postgres
 from hookline.policy import Outcome, Result, Rules, Settlement
 from models import IN_ORDER, read_time, stored_time
@@ -25,6 +25,8 @@ CANCELLED_AT_ONCE = 1000
 DISABLED_EVENT = "webhook.disabled"
 OF_WEBHOOKS = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
 GONE = "the endpoint answered 410 Gone"
+DELINQUENT = "every attempt has failed for too long"
+BY_DISABLING = "the webhook was disabled"
 
 
 class Job(NamedTuple):
@@ -59,7 +61,11 @@ class Job(NamedTuple):
         return dict(json.loads(self.headers)) if self.headers else {}
 
     def own_schedule(self) -> tuple[float, ...]:
-        return tuple(json.loads(self.retry_schedule)) if self.retry_schedule else ()
+        """Raises ValueError if it cannot be used."""
+        steps = json.loads(self.retry_schedule) if self.retry_schedule else []
+        if not isinstance(steps, list) or not policy.is_schedule(steps):
+            raise ValueError("not a list of seconds")
+        return tuple(steps)
 
 
 class Settled(NamedTuple):
@@ -196,18 +202,26 @@ def _cancel_some(db: Database, webhook_id: str, now: datetime) -> None:
             SELECT delivery_id FROM deliveries WHERE webhook_id = {db.param} AND status = 'pending'
             LIMIT {CANCELLED_AT_ONCE}{sql.skip_locked(db, "deliveries")})
         UPDATE deliveries SET status = 'cancelled', leased = FALSE, next_attempt_at = NULL,
-               finished_at = {sql.moment(db)}, last_error = 'the webhook was disabled'
+               finished_at = {sql.moment(db)}, reason = '{BY_DISABLING}'
         WHERE delivery_id IN (SELECT delivery_id FROM batch) AND status = 'pending'
         RETURNING delivery_id"""
     cancelled = db.execute_sql(statement, (webhook_id, stored_time(now))).fetchall()
     _move_on(db, webhook_id, now, None, more=len(cancelled) == CANCELLED_AT_ONCE)
 
 
-def settle(db: Database, settled: Sequence[Settled], delinquent_since: str, only_free: bool = False) -> list[Settled]:
+class Outcomes(NamedTuple):
+    """What `settle` did: those left out, those whose delivery has failed for good, and why webhooks were disabled."""
+
+    left: list[Settled]
+    failed: list[Settled]
+    disabled: dict[str, str]
+
+
+def settle(db: Database, settled: Sequence[Settled], delinquent_since: str, only_free: bool = False) -> Outcomes:
     """Record these attempts and what follows from them: deliveries, counters, lanes, webhooks to disable.
 
     A webhook that has failed everything since `delinquent_since` is disabled. With `only_free` those whose webhook
-    somebody else holds are left out, and returned. Waits but briefly: then it fails, with LOCKED.
+    somebody else holds are left out. Waits but briefly: then it fails, with LOCKED.
     """
     now = stored_time(clock.now())
     sql.wait_briefly(db)
@@ -215,58 +229,23 @@ def settle(db: Database, settled: Sequence[Settled], delinquent_since: str, only
     left = [one for one in settled if one.job.webhook_id in held]
     if left:
         settled = [one for one in settled if one.job.webhook_id not in held]
-    if any(one.job.attempts for one in settled):
-        _keep_earlier_attempts(db, settled)
-    rows = db.execute_sql(settle_sql(db), (sql.parameter(_settled_row(one, now) for one in settled),)).fetchall()
-    recorded = {delivery_id for (delivery_id,) in rows}  # the others were settled before, or given up
-    counts = _counts(one for one in settled if one.job.delivery_id in recorded)
+    found = attempts.record(db, [_settled_row(one, now) for one in settled])
+    counts = _counts(one for one in settled if one.job.delivery_id in found and found[one.job.delivery_id].is_new)
     db.execute_sql(count_sql(db), (sql.parameter(counts),))
     if lanes := _lanes_after(settled, now):
         db.execute_sql(lanes_sql(db), (sql.parameter(lanes), now))
-    failed = {one.job.webhook_id for one in settled if not one.is_success}
-    if failed:
-        gone = {one.job.webhook_id for one in settled if one.settlement.outcome is Outcome.GONE}
-        disable(db, gone, GONE, now)
-        disable(db, failed - gone, "every attempt has failed for too long", now, delinquent_since)
-    return left
+    failures = [one for one in settled if not one.is_success]
+    over = [one for one in failures if one.settlement.status == "failed" and one.job.delivery_id in found]
+    final = [one for one in over if found[one.job.delivery_id].status == "failed"]
+    return Outcomes(left, final, _disable(db, failures, now, delinquent_since) if failures else {})
 
 
-def _keep_earlier_attempts(db: Database, settled: Sequence[Settled]) -> None:
-    columns = "started_at, duration_ms, status_code, error, response"
-    latest = ", ".join(f"d.last_{name}" for name in columns.split(", "))
-    statement = f"""
-        INSERT INTO attempts (delivery_id, number, {columns}) SELECT d.delivery_id, d.attempts, {latest}
-        FROM {sql.rows(db, "id bigint", "attempts integer")} CROSS JOIN deliveries d
-        WHERE d.delivery_id = given.id AND d.attempts = given.attempts AND d.last_started_at IS NOT NULL
-        ON CONFLICT (delivery_id, number) DO NOTHING"""
-    rows = [(one.job.delivery_id, one.job.attempts) for one in settled if one.job.attempts]
-    db.execute_sql(statement, (sql.parameter(rows),))
-
-
-@lru_cache(maxsize=8)
-def settle_sql(db: Database) -> str:
-    """Leaves `pending`, or `cancelled` where the attempt that was under way did arrive."""
-    columns = (
-        "id bigint",
-        "attempts_made integer",
-        "outcome",
-        "due timestamptz",
-        "ended timestamptz",
-        "started timestamptz",
-        "duration integer",
-        "code integer",
-        "problem",
-        "answer",
-    )
-    return f"""
-        UPDATE deliveries SET status = given.outcome, leased = FALSE, attempts = given.attempts_made + 1,
-               next_attempt_at = given.due, finished_at = given.ended, last_started_at = given.started,
-               last_duration_ms = given.duration, last_status_code = given.code, last_error = given.problem,
-               last_response = given.answer
-        FROM {sql.rows(db, *columns)}
-        WHERE delivery_id = given.id AND attempts = given.attempts_made
-              AND (status = 'pending' OR status = 'cancelled' AND given.outcome = 'succeeded')
-        RETURNING delivery_id"""
+def _disable(db: Database, failures: Sequence[Settled], now: str, delinquent_since: str) -> dict[str, str]:
+    """Disable those that are gone, and those that have failed everything for too long; returns them with the reason."""
+    gone = {one.job.webhook_id for one in failures if one.settlement.outcome is Outcome.GONE}
+    disabled = dict.fromkeys(disable(db, gone, GONE, now), GONE)
+    late = disable(db, {one.job.webhook_id for one in failures} - gone, DELINQUENT, now, delinquent_since)
+    return disabled | dict.fromkeys(late, DELINQUENT)
 
 
 def _settled_row(one: Settled, now: str) -> tuple[Any, ...]:

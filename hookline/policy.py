@@ -14,6 +14,7 @@ LANE_BACKOFF = 5.0  # seconds after the first failure of an endpoint, doubled fo
 MAX_LANE_BACKOFF = 300.0  # seconds
 MAX_REST = 24 * 3600.0  # seconds
 MAX_RETRY_AFTER = 24 * 3600.0  # seconds that an endpoint may ask us to wait
+MAX_STEP = 365 * 24 * 3600.0  # seconds of a step of the schedule
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,14 @@ def settle(
     if outcome is Outcome.GONE or attempts > len(schedule):
         return Settlement(outcome, "failed", None, opens)
     jitter = random.uniform(-1, 1) if spread is None else spread
-    wait = max(schedule[attempts - 1] * (1 + JITTER * jitter), asked)
+    wait = max(min(schedule[attempts - 1], MAX_STEP) * (1 + JITTER * jitter), asked)
     again = now + timedelta(seconds=wait)
     return Settlement(outcome, "pending", again, min(opens, again) if not asked else opens)
+
+
+def is_schedule(steps: Sequence[object]) -> bool:
+    """Can these be the seconds before each retry?"""
+    return all(isinstance(step, int | float) and 0 <= step <= MAX_STEP for step in steps)
 
 
 def lane_backoff(failures: int) -> float:

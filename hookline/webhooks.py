@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from ipaddress import ip_network
 from typing import Any
 
@@ -18,7 +19,7 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, forks, history, schema, sql
+from hookline import clock, events, forks, history, reports, schema, sql
 from hookline.database import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -32,6 +33,7 @@ from models import Subscription, Webhook, read_time, stored_time
 
 log = logging.getLogger("hookline")
 
+BY_REQUEST = "disabled by request"
 WAITING = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
 
 REGISTER_COLUMNS = (
@@ -253,7 +255,8 @@ class WebhookManager:
         events.queue(self.db, WAITING, sql.ids([webhook_id]), open_now=True)
         if enabled:
             return {"disabled_at": None, "disabled_reason": None, "failing_since": None}
-        return {"disabled_at": clock.now(), "disabled_reason": "disabled by request"}
+        events.after_commit(self.db, partial(reports.disabled, webhook_id, BY_REQUEST))
+        return {"disabled_at": clock.now(), "disabled_reason": BY_REQUEST}
 
     def _missing_since(self, webhook_id: str) -> datetime | None:
         """The time of the first event that it did not get since it began to fail, or since it was disabled."""

@@ -353,9 +353,9 @@ async def test_webhooks_that_somebody_holds_keep_no_other_from_being_recorded_an
         other.begin()
     await recorded(manager, ids["held"], 10)
     async with asyncio.timeout(20):
-        while worker._aside or worker._jobs:
+        while worker._jobs:
             await asyncio.sleep(0.01)
-    assert worker._free == 6
+    assert worker.capacity.free == 6
     sent = [one.headers["webhook-id"] for one in receiver.received]
     assert len(sent) == len(set(sent))
     assert [len(receiver.at(f"/{name}")) for name in ("held", "free")] == [10, 60]
@@ -439,9 +439,10 @@ def test_a_result_that_is_settled_again_opens_no_lane_in_which_the_next_one_is_m
     manager.update(webhook_id, {"ordered": True})
     events.publish_all(db, [NewEvent("goal", {"n": number}) for number in range(2)])
     (first,) = claim(db)
-    write_now(db, lanes.settle, db, [settled(first)], stored_time(LONG_AGO))
+    result = settled(first)
+    write_now(db, lanes.settle, db, [result], stored_time(LONG_AGO))
     (second,) = claim(db)
-    write_now(db, lanes.settle, db, [settled(first)], stored_time(LONG_AGO))
+    write_now(db, lanes.settle, db, [result], stored_time(LONG_AGO))
     assert claim(db) == []
     write_now(db, lanes.settle, db, [settled(second)], stored_time(LONG_AGO))
     assert manager.get(webhook_id)["total_calls"] == 2
