@@ -37,7 +37,8 @@ MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that s
     "(SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
     f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
 )
-TEST_EVENT = "webhook.test"
+OWN = "hookline."  # what the types of our own events begin with: nobody else publishes them, and `*` is not for them
+TEST_EVENT = f"{OWN}webhook.test"
 TEST_DATA = {"message": "A test event: it was asked for by hand, and means nothing."}
 
 
@@ -86,12 +87,13 @@ def outlet_of(db: Database) -> Outlet:
 
 
 class NewEvent(NamedTuple):
-    """What publishing takes. `only`: for this webhook, whatever it has subscribed to."""
+    """What publishing takes. `only`: for this webhook, whatever it has subscribed to. `own`: Hookline's own event."""
 
     event_type: str
     data: Mapping[str, Any]
     idempotency_key: str | None = None
     only: str | None = None
+    own: bool = False
 
 
 class Published(NamedTuple):
@@ -167,6 +169,8 @@ def payload_of(new: NewEvent, timestamp: str | None, limit: int) -> str:
     """The body: the data, then `event_type` and `timestamp`, as compact ASCII JSON. Raises Invalid, TooLarge."""
     if not isinstance(new.event_type, str) or not EVENT_TYPE.fullmatch(new.event_type) or new.event_type == "*":
         raise Invalid("event_type must be 1 to 200 printable ASCII characters, and not *")
+    if new.event_type.startswith(OWN) and new.only is None and not new.own:
+        raise Invalid(f"event_type must not begin with {OWN}: such events are Hookline's own")
     key = new.idempotency_key
     if key is not None and not (1 <= len(key) <= MAX_KEY and key.isprintable() and key.isascii()):
         raise Invalid(f"idempotency_key must be 1 to {MAX_KEY} printable ASCII characters")
@@ -180,6 +184,16 @@ def payload_of(new: NewEvent, timestamp: str | None, limit: int) -> str:
     if len(payload) > limit:
         raise TooLarge(f"the payload has {len(payload)} bytes, more than MAX_PAYLOAD, {limit}")
     return payload
+
+
+def subscriptions_to(event_type: str) -> list[str]:
+    """What webhooks subscribe to in order to get events of this type: the type, and `*` but for our own events."""
+    return [event_type] if event_type.startswith(OWN) else [event_type, "*"]
+
+
+def is_about(webhook_id: str, event_type: str, data: Mapping[str, Any]) -> bool:
+    """Is this an event of our own about that webhook, which therefore does not get it?"""
+    return event_type.startswith(OWN) and data.get("webhook_id") == webhook_id
 
 
 def teams_of(data: Mapping[str, Any]) -> list[str]:
@@ -227,7 +241,7 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
         (place, draft.event_id, event_type, team)
         for place, draft in enumerate(drafts)
         if draft.new.only is None
-        for event_type in (draft.new.event_type, "*")
+        for event_type in subscriptions_to(draft.new.event_type)
         for team in teams_of(draft.new.data)
     ]
     at, lost = stored_time(now), stored_time(now + timedelta(seconds=outlet.lease))

@@ -21,7 +21,7 @@ from models import IN_ORDER, read_time, stored_time
 
 LANES_AT_ONCE = 100
 CANCELLED_AT_ONCE = 1000
-DISABLED_EVENT = "webhook.disabled"
+DISABLED_EVENT = f"{events.OWN}webhook.disabled"
 OF_WEBHOOKS = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
 GONE = "the endpoint answered 410 Gone"
 
@@ -364,7 +364,7 @@ def disable(db: Database, ids: Iterable[str], reason: str, now: str, failing_sin
     disabled = [row[0] for row in db.execute_sql(statement, parameters).fetchall()]
     if disabled:
         events.queue(db, OF_WEBHOOKS, sql.ids(disabled), open_now=True)
-        news = [events.NewEvent(DISABLED_EVENT, {"webhook_id": one, "reason": reason}) for one in disabled]
+        news = [events.NewEvent(DISABLED_EVENT, {"webhook_id": one, "reason": reason}, own=True) for one in disabled]
         events.publish_all(db, news)
     return disabled
 

@@ -171,7 +171,7 @@ class WebhookManager:
     ) -> Rows:
         """At most `limit` webhooks, oldest first, from the one behind `after` (its created_at and id).
 
-        `event` finds those that would get events of this type, `*` included. Raises Unavailable.
+        `event` finds those that would get events of this type, also through `*`. Raises Unavailable.
         """
         query = Webhook.select(*(getattr(Webhook, name) for name in SHOWN_COLUMNS))
         query = query.order_by(Webhook.created_at, Webhook.webhook_id).limit(limit)
@@ -319,7 +319,7 @@ def subscriptions(webhook_id: str, events: Iterable[str], team: str | None) -> l
 def wants(event: str) -> Any:
     """Does the outer query's webhook have a subscription to this type? One primary-key seek each."""
     return Subscription.select(1).where(
-        Subscription.event_type.in_([event, "*"]),
+        Subscription.event_type.in_(events.subscriptions_to(event)),
         Subscription.team == fn.COALESCE(Webhook.team, ""),
         Subscription.webhook == Webhook.webhook_id,
     )

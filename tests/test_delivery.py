@@ -162,7 +162,7 @@ async def test_gone_disables_the_webhook_cancels_what_waits_and_tells_who_listen
     receiver.answers["/gone"] = answering(410)
     webhook_id = manager.register(f"{receiver.url}/gone", ["goal"], SECRET)
     manager.update(webhook_id, {"ordered": True})
-    manager.register(f"{receiver.url}/operator", ["webhook.disabled"], SECRET)
+    manager.register(f"{receiver.url}/operator", ["hookline.webhook.disabled"], SECRET)
     events.publish_all(db, [NewEvent("goal", {"n": n}) for n in range(3)])
     async with working(db):
         (news,) = await asyncio.to_thread(receiver.wait_for, 1, "/operator")
