@@ -19,7 +19,7 @@ from datetime import timedelta
 
 from peewee import Database
 
-from hookline import clock, events, lanes, policy, recovery, retention, signing
+from hookline import clock, events, lanes, policy, recovery, retention, rotation, signing
 from hookline.database import LOCK_TIMEOUT
 from hookline.egress import Client
 from hookline.errors import Unavailable
@@ -28,7 +28,7 @@ from hookline.failures import LOCKED, error_name
 from hookline.lanes import Job, Settled
 from hookline.policy import Rules
 from hookline.storage import Storage
-from models import read_time, stored_time
+from models import stored_time
 
 log = logging.getLogger("hookline")
 
@@ -220,6 +220,7 @@ class Worker:
         try:
             if self._rewind:
                 await self._bring_forward()
+            await self._erase_secrets()
             after: str | None = ""
             while after is not None:
                 late, after = await self.storage.scan(recovery.overdue, self.db, after)
@@ -230,6 +231,13 @@ class Worker:
             log.warning("leases that ran out are looked for later: %s", exc)
         except Exception:  # whatever it is, the next one comes
             log.exception("looking for leases that ran out failed")
+
+    async def _erase_secrets(self) -> None:
+        """Those whose overlap has ended."""
+        erased = rotation.WEBHOOKS
+        while erased == rotation.WEBHOOKS:
+            found = await self.storage.scan(rotation.ended, self.db)
+            erased = await self.storage.write(rotation.erase, self.db, found) if found else 0
 
     async def _bring_forward(self) -> None:
         """What a clock that went back would hold up; all of it again, later, if that fails."""
@@ -305,11 +313,8 @@ class Worker:
 
     def _headers(self, job: Job) -> dict[str, str]:
         now = clock.now()
-        secrets = [job.secret]
-        if job.previous_secret and (expires := read_time(job.previous_secret_expires_at)) and expires > now:
-            secrets.append(job.previous_secret)
         signed = signing.headers(
-            secrets,
+            job.secrets(now),
             webhook_id=job.webhook_id,
             event_id=job.event_id,
             event_type=job.event_type,

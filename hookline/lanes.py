@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from peewee import Database
 
-from hookline import clock, events, policy, sql
+from hookline import clock, events, policy, rotation, sql
 from hookline.policy import Outcome, Result, Rules, Settlement
 from models import IN_ORDER, read_time, stored_time
 
@@ -38,6 +38,7 @@ class Job(NamedTuple):
     secret: str
     previous_secret: str | None
     previous_secret_expires_at: Any
+    earlier_secrets: str | None
     headers: str | None
     retry_schedule: str | None
     ordered: bool
@@ -53,6 +54,11 @@ class Job(NamedTuple):
     def exclusive(self) -> bool:
         """Is the lane closed until it is settled?"""
         return self.closed_until is not None
+
+    def secrets(self, now: datetime) -> list[str]:
+        """Those that sign, newest first."""
+        kept = rotation.kept(self.previous_secret, self.previous_secret_expires_at, self.earlier_secrets, now)
+        return [self.secret, *(secret for secret, _ in reversed(kept))]
 
     def own_headers(self) -> dict[str, str]:
         return dict(json.loads(self.headers)) if self.headers else {}
@@ -96,8 +102,9 @@ def load(
 @lru_cache(maxsize=8)
 def load_sql(db: Database) -> str:
     return f"""
-        SELECT d.delivery_id, d.webhook_id, d.event_id, d.attempts, d.attempts_before, w.url, w.secret,
-               w.previous_secret, w.previous_secret_expires_at, w.headers, w.retry_schedule, w.ordered
+        SELECT d.delivery_id, d.webhook_id, d.event_id, d.attempts, d.attempts_before, w.url,
+               w.secret, w.previous_secret, w.previous_secret_expires_at, w.earlier_secrets,
+               w.headers, w.retry_schedule, w.ordered
         FROM {sql.rows(db, "id bigint", "until timestamptz")}
         CROSS JOIN deliveries d CROSS JOIN webhooks w
         WHERE d.delivery_id = given.id AND w.webhook_id = d.webhook_id AND w.enabled

@@ -17,7 +17,7 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, history, schema, sql
+from hookline import clock, events, history, rotation, schema, sql
 from hookline.database import connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -254,27 +254,21 @@ class WebhookManager:
             return events.publish_one(self.db, NewEvent(events.TEST_EVENT, events.TEST_DATA, only=webhook_id))
 
     def rotate(self, webhook_id: str, secret: str, overlap_seconds: int) -> datetime | None:
-        """Replace the secret; the old one keeps signing beside it for `overlap_seconds`.
+        """Replace the secret; the old one keeps signing beside it for `overlap_seconds`, as do earlier ones until then.
 
-        Returns when the old one expires, None if it is gone at once. Raises NotFound, Invalid, Unavailable.
+        Without an overlap all of them are gone at once. Returns when the newest of them expires, None if there is none.
+        Raises NotFound, Invalid, Conflict (too many are valid already), Unavailable.
         """
         check_secret(secret)
         now = clock.now()
         expires = now + timedelta(seconds=overlap_seconds) if overlap_seconds else None
         with transaction(self.db):
-            changed = (
-                Webhook.update(
-                    previous_secret=Webhook.secret if expires else None,
-                    previous_secret_expires_at=expires,
-                    secret=secret,
-                    updated_at=now,
-                )
-                .where(Webhook.webhook_id == webhook_id)
-                .execute(self.db)
-            )
-            if not changed:
+            values = rotation.rotated(self.db, webhook_id, secret, expires)
+            if values is None:
                 raise NotFound("Webhook not found")
-        return expires
+            Webhook.update(values, updated_at=now).where(Webhook.webhook_id == webhook_id).execute(self.db)
+        newest: datetime | None = values["previous_secret_expires_at"]
+        return newest
 
     def _everything(self) -> Iterator[dict[str, Any]]:
         query = Webhook.select(*(getattr(Webhook, name) for name in SHOWN_COLUMNS))
