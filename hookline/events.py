@@ -320,18 +320,24 @@ def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False
         f"WHERE {where} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
     )
     given = (stored_time(clock.now()), *parameters)
+    change_lanes(db, lambda: db.execute_sql(statement, given))
 
-    def open_lanes() -> None:
-        db.execute_sql(statement, given)
+
+def change_lanes(db: Database, step: Callable[[], Any]) -> None:
+    """Run a step that may open lanes, in this unit of work, and wake the worker after its commit."""
 
     def wake() -> None:
         outlet_of(db).wake(Wake())
 
+    def in_its_own() -> None:
+        with transaction(db):
+            step()
+
     if in_unit(db):
-        open_lanes()
+        step()
         after_commit(db, wake)
     else:  # the caller's own transaction: until it ends it would hold lanes that workers and other publishers need
-        after_commit(db, open_lanes, wake)
+        after_commit(db, in_its_own, wake)
 
 
 def after_commit(db: Database, *steps: Callable[[], None]) -> None:
