@@ -15,6 +15,7 @@ import math
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 
 from peewee import Database
@@ -35,7 +36,7 @@ log = logging.getLogger("hookline")
 CROWDED = 0.02  # seconds until the next look where others hold the lanes that are due
 POLL = 0.5  # seconds between looks for what other processes queued
 MARGIN = 1.0  # seconds of a lease that are left for settling
-JUMP = 60.0  # seconds that the clock may go back before what waits is looked through
+LOOKS = 0.01  # of the time, at most, is spent on looking for what a clock that was ahead has set
 AGAIN = 1.0  # seconds between tries while the database cannot be used
 
 
@@ -61,7 +62,7 @@ class Worker:
         self._problem = ""  # why the last look for deliveries failed
         self._next_sweep = 0.0  # of time.monotonic()
         self._sweeping: asyncio.Task[None] | None = None
-        self._rewind = False  # did the clock go back?
+        self._next_look = 0.0  # of time.monotonic(): for what a clock that was ahead has set
         self._offset = time.time() - time.monotonic()  # of the wall clock, to notice that it went back
 
     @property
@@ -204,13 +205,13 @@ class Worker:
         self._problem = problem
 
     def _heal(self) -> None:
-        """Every half lease find the leases that ran out; mend what a clock that went far back would hold up."""
+        """Every half lease find the leases that ran out, and what a clock that was ahead would hold up."""
         now = time.monotonic()
         went_back = self._offset - (time.time() - now)
         self._offset -= went_back
-        if went_back > JUMP:  # less is no more than a wait
+        if went_back > recovery.JUMP:  # less is no more than a wait
             log.warning("the clock went back by %.0f s", went_back)
-            self._rewind, self._next_sweep = True, 0
+            self._next_look = self._next_sweep = 0
         if now >= self._next_sweep and (self._sweeping is None or self._sweeping.done()):
             self._next_sweep = now + self.rules.lease / 2
             self._sweeping = self._loop.create_task(self._sweep())
@@ -218,7 +219,7 @@ class Worker:
     async def _sweep(self) -> None:
         """In short steps, beside looking for what is due."""
         try:
-            if self._rewind:
+            if time.monotonic() >= self._next_look:
                 await self._bring_forward()
             await self._erase_secrets()
             after: str | None = ""
@@ -240,15 +241,31 @@ class Worker:
             erased = await self.storage.write(rotation.erase, self.db, found) if found else 0
 
     async def _bring_forward(self) -> None:
-        """What a clock that went back would hold up; all of it again, later, if that fails."""
-        self._rewind = False
+        """What is due later than it can be, a clock that was ahead has set; all of it again, later, if that fails."""
+        began, self._next_look = time.monotonic(), math.inf
+        after: str | None = ""
         try:
-            for batch in await self.storage.scan(recovery.far_ahead, self.db, self.rules.lease):
-                await self.storage.write(recovery.bring_forward, self.db, self.rules.lease, *batch)
+            while after is not None:
+                looked = after
+                found, resting, after = await self.storage.scan(recovery.misdated, self.db, self.rules, looked)
+                changed = await self._set_forward(found, resting)
+                if after == looked and not changed:
+                    break  # others are at it
         except BaseException:
-            self._rewind = True
+            self._next_look = 0
             raise
-        self._awake.set()
+        now = time.monotonic()
+        self._next_look = min(self._next_look, now + (now - began) / LOOKS)
+
+    async def _set_forward(self, found: Sequence[recovery.Misdated], resting: Sequence[recovery.Misdated]) -> int:
+        changed = 0
+        for at in range(0, max(len(found), len(resting)), recovery.ROWS):
+            batch = found[at : at + recovery.ROWS], resting[at : at + recovery.ROWS]
+            changed += await self.storage.write(recovery.bring_forward, self.db, self.rules, *batch)
+        if changed:
+            log.warning("%s times that a clock was ahead had set are brought forward", changed)
+            self._awake.set()
+        return changed
 
     async def _sleep(self, seconds: float) -> None:
         try:
