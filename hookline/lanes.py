@@ -22,7 +22,7 @@ from models import IN_ORDER, read_time, stored_time
 
 LANES_AT_ONCE = 100
 CANCELLED_AT_ONCE = 1000
-BROUGHT_FORWARD = 1000  # deliveries that a change of their webhook makes due at once, so that no writer is held up
+BROUGHT_FORWARD = 250  # deliveries that a change of their webhook makes due at once, so that no writer is held up
 DISABLED_EVENT = f"{events.OWN}webhook.disabled"
 OF_WEBHOOKS = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
 GONE = "the endpoint answered 410 Gone"
