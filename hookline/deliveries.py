@@ -11,7 +11,7 @@ from typing import Any
 
 from peewee import JOIN, Database
 
-from hookline import clock, events, lanes, sql
+from hookline import clock, events, resting, sql
 from hookline.database import connected, transaction
 from hookline.errors import Conflict, NotFound
 from models import IN_ORDER, Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
@@ -119,7 +119,7 @@ def cancel(db: Database, delivery_id: int) -> Row:
             last_error=reason,
         )
         if is_waited_for:
-            lanes.open_now(db, row["webhook_id"])
+            resting.open_now(db, row["webhook_id"])
         return get(db, delivery_id)
 
 

@@ -15,7 +15,6 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from datetime import timedelta
 
 from peewee import Database
@@ -221,7 +220,7 @@ class Worker:
         try:
             if time.monotonic() >= self._next_look:
                 await self._bring_forward()
-            await self._erase_secrets()
+            await rotation.erase_all(self.storage)
             after: str | None = ""
             while after is not None:
                 late, after = await self.storage.scan(recovery.overdue, self.db, after)
@@ -233,39 +232,17 @@ class Worker:
         except Exception:  # whatever it is, the next one comes
             log.exception("looking for leases that ran out failed")
 
-    async def _erase_secrets(self) -> None:
-        """Those whose overlap has ended."""
-        erased = rotation.WEBHOOKS
-        while erased == rotation.WEBHOOKS:
-            found = await self.storage.scan(rotation.ended, self.db)
-            erased = await self.storage.write(rotation.erase, self.db, found) if found else 0
-
     async def _bring_forward(self) -> None:
         """What is due later than it can be, a clock that was ahead has set; all of it again, later, if that fails."""
         began, self._next_look = time.monotonic(), math.inf
-        after: str | None = ""
         try:
-            while after is not None:
-                looked = after
-                found, resting, after = await self.storage.scan(recovery.misdated, self.db, self.rules, looked)
-                changed = await self._set_forward(found, resting)
-                if after == looked and not changed:
-                    break  # others are at it
+            if await recovery.bring_all_forward(self.storage, self.rules):
+                self._awake.set()
         except BaseException:
             self._next_look = 0
             raise
         now = time.monotonic()
         self._next_look = min(self._next_look, now + (now - began) / LOOKS)
-
-    async def _set_forward(self, found: Sequence[recovery.Misdated], resting: Sequence[recovery.Misdated]) -> int:
-        changed = 0
-        for at in range(0, max(len(found), len(resting)), recovery.ROWS):
-            batch = found[at : at + recovery.ROWS], resting[at : at + recovery.ROWS]
-            changed += await self.storage.write(recovery.bring_forward, self.db, self.rules, *batch)
-        if changed:
-            log.warning("%s times that a clock was ahead had set are brought forward", changed)
-            self._awake.set()
-        return changed
 
     async def _sleep(self, seconds: float) -> None:
         try:

@@ -5,6 +5,7 @@ All in short steps, so that no writer is held up, however much waits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,10 @@ from peewee import Database
 from hookline import clock, events, policy, sql
 from hookline.database import connected, is_postgres
 from hookline.policy import Rules
+from hookline.storage import Storage
 from models import read_time, stored_time
+
+log = logging.getLogger("hookline")
 
 WEBHOOKS = 1000  # looked at in one go
 ROWS = 1000  # changed in one unit of work
@@ -64,6 +68,24 @@ def open_lanes(db: Database, webhook_ids: Sequence[str]) -> int:
         WHERE lanes.due_at > excluded.due_at AND (lanes.open_at IS NULL OR lanes.open_at <= excluded.due_at)
         RETURNING webhook_id"""
     return len(db.execute_sql(statement, (stored_time(clock.now()), sql.ids(webhook_ids))).fetchall())
+
+
+async def bring_all_forward(storage: Storage, rules: Rules) -> int:
+    """Bring forward all that is due later than it can be, in short steps; returns how much. Raises Unavailable."""
+    after: str | None = ""
+    total = 0
+    while after is not None:
+        looked, changed = after, 0
+        found, resting, after = await storage.scan(misdated, storage.db, rules, looked)
+        for at in range(0, max(len(found), len(resting)), ROWS):
+            batch = found[at : at + ROWS], resting[at : at + ROWS]
+            changed += await storage.write(bring_forward, storage.db, rules, *batch)
+        total += changed
+        if after == looked and not changed:
+            break  # others are at it
+    if total:
+        log.warning("brought forward %s times of deliveries and lanes that a clock which was ahead had set", total)
+    return total
 
 
 def misdated(db: Database, rules: Rules, after: str = "") -> tuple[list[Misdated], list[Misdated], str | None]:

@@ -16,6 +16,7 @@ from peewee import Database
 from hookline import clock, sql
 from hookline.database import connected, is_postgres
 from hookline.errors import Conflict
+from hookline.storage import Storage
 from models import read_time, stored_time
 
 MAX_KEPT = 10  # secrets that sign beside the current one
@@ -61,6 +62,14 @@ def rotated(db: Database, webhook_id: str, secret: str, expires: datetime | None
     if len(secrets) > MAX_KEPT:
         raise Conflict(f"{MAX_KEPT} earlier secrets are still valid: wait until one expires, or rotate with no overlap")
     return {"secret": secret, **columns(secrets)}
+
+
+async def erase_all(storage: Storage) -> None:
+    """Erase what has expired, in short steps. Raises Unavailable."""
+    erased = WEBHOOKS
+    while erased == WEBHOOKS:
+        found = await storage.scan(ended, storage.db)
+        erased = await storage.write(erase, storage.db, found) if found else 0
 
 
 def ended(db: Database) -> list[str]:

@@ -17,7 +17,7 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, history, lanes, rotation, schema, sql
+from hookline import clock, events, history, resting, rotation, schema, sql
 from hookline.database import connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -215,7 +215,7 @@ class WebhookManager:
             values["updated_at"] = clock.now()
             missed_since = self._missing_since(webhook_id) if again else None
             Webhook.update(values).where(Webhook.webhook_id == webhook_id).execute(self.db)
-            lanes.reopen(self.db, webhook_id, before, changes)
+            resting.reopen(self.db, webhook_id, before, changes)
             if "events" in changes or "team" in changes:
                 Subscription.delete().where(Subscription.webhook == webhook_id).execute(self.db)
                 rows = subscriptions(webhook_id, after["events"], after["team"])

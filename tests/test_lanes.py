@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, lanes, policy
+from hookline import WebhookManager, clock, deliveries, events, lanes, policy, resting
 from hookline.events import NewEvent, Outlet, Slots
 from hookline.lanes import Job, Settled
 from hookline.policy import Result, Rules
@@ -139,7 +139,7 @@ def test_another_rate_limit_does_not_undo_what_the_endpoint_asked_for(
 def test_another_url_is_tried_at_once_by_what_waited_for_the_old_one(
     db: Database, manager: WebhookManager, webhook_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "BROUGHT_FORWARD", 3)
+    monkeypatch.setattr(resting, "BROUGHT_FORWARD", 3)
     publish(db, 5)
     settle(db, *(settled(job, 503, retry_after=DAY) for job in claim(db)))
     assert opens(db, webhook_id) == pytest.approx(DAY)
