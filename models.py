@@ -103,6 +103,13 @@ class Webhook(Table):
 # Both end in the order of a listing, so that a page is one seek, whatever the size of the table.
 Webhook.add_index(Webhook.team, Webhook.created_at, Webhook.webhook_id, name="idx_webhooks_team")
 Webhook.add_index(Webhook.created_at, Webhook.webhook_id, name="idx_webhooks_created")
+# The few in a rotation's overlap, so that the sweep finds secrets to erase, whatever the size of the table.
+Webhook.add_index(
+    Webhook.previous_secret_expires_at,
+    where=SQL("previous_secret_expires_at IS NOT NULL"),
+    name="idx_webhooks_overlap",
+)
+Webhook.add_index(Webhook.webhook_id, where=SQL("earlier_secrets IS NOT NULL"), name="idx_webhooks_earlier")
 
 
 class Subscription(Table):

@@ -11,7 +11,7 @@ from typing import Any
 
 from peewee import JOIN, Database
 
-from hookline import clock, events, sql
+from hookline import clock, events, resting, sql
 from hookline.database import connected, transaction
 from hookline.errors import Conflict, NotFound
 from models import IN_ORDER, Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
@@ -100,12 +100,14 @@ def retry(db: Database, delivery_id: int) -> Row:
 def cancel(db: Database, delivery_id: int) -> Row:
     """Give this delivery up. Raises NotFound, Conflict, Unavailable.
 
-    If it is being made right now and arrives, it has succeeded all the same; if not, its log tells of the attempt.
+    If it is being made right now and arrives, it has succeeded all the same; if not, its log tells of the attempt. With
+    strict order the next one is made now, or once this attempt has ended.
     """
     with transaction(db):
         row = _row(db, delivery_id)
         if row["status"] != Status.PENDING:
             raise Conflict(f"this delivery has {row['status']} already" if row["status"] != "cancelled" else GIVEN_UP)
+        is_waited_for = row["ordered"] and not _is_under_way(row, clock.now()) and not _is_behind_another(db, row)
         before = f"; before that: {row['last_error']}" if row["last_error"] else ""
         reason = f"cancelled by request{before}"
         _move(
@@ -117,6 +119,8 @@ def cancel(db: Database, delivery_id: int) -> Row:
             finished_at=clock.now(),
             reason=reason,
         )
+        if is_waited_for:
+            resting.open_now(db, row["webhook_id"])
         return get(db, delivery_id)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 from peewee import Database
 
-from hookline import clock, events, lanes, orphans, recovery, retention, signing
+from hookline import clock, events, lanes, orphans, recovery, retention, rotation, signing
 from hookline.capacity import Capacity
 from hookline.database import LOCK_TIMEOUT
 from hookline.egress import Client
@@ -29,13 +30,12 @@ from hookline.lanes import Job
 from hookline.policy import Result, Rules
 from hookline.recorder import AGAIN, MARGIN, Recorder
 from hookline.storage import Storage
-from models import read_time
 
 log = logging.getLogger("hookline")
 
 CROWDED = 0.02  # seconds until the next look where others hold the lanes that are due
 POLL = 0.5  # seconds between looks for what other processes queued
-JUMP = 60.0  # seconds that the clock may go back before what waits is looked through
+LOOKS = 0.01  # of the time, at most, is spent on looking for what a clock that was ahead has set
 UNUSABLE = "the delivery could not be made: the webhook's headers or its secret cannot be used"
 
 
@@ -58,7 +58,7 @@ class Worker:
         self._next_sweep = 0.0  # of time.monotonic()
         self._sweeping: asyncio.Task[None] | None = None
         self._orphans: orphans.Positions = {}
-        self._rewind = False  # did the clock go back?
+        self._next_look = 0.0  # of time.monotonic(): for what a clock that was ahead has set
         self._offset = time.time() - time.monotonic()  # of the wall clock, to notice that it went back
 
     @property
@@ -184,13 +184,13 @@ class Worker:
         self._problem = problem
 
     def _heal(self) -> None:
-        """Every half lease find the leases that ran out; mend what a clock that went far back would hold up."""
+        """Every half lease find the leases that ran out, and what a clock that was ahead would hold up."""
         now = time.monotonic()
         went_back = self._offset - (time.time() - now)
         self._offset -= went_back
-        if went_back > JUMP:  # less is no more than a wait
+        if went_back > recovery.JUMP:  # less is no more than a wait
             log.warning("the clock went back by %.0f s", went_back)
-            self._rewind, self._next_sweep = True, 0
+            self._next_look = self._next_sweep = 0
         if now >= self._next_sweep and (self._sweeping is None or self._sweeping.done()):
             self._next_sweep = now + self.rules.lease / 2
             self._sweeping = self._loop.create_task(self._sweep())
@@ -198,8 +198,9 @@ class Worker:
     async def _sweep(self) -> None:
         """In short steps, beside looking for what is due."""
         try:
-            if self._rewind:
+            if time.monotonic() >= self._next_look:
                 await self._bring_forward()
+            await rotation.erase_all(self.storage)
             after: str | None = ""
             while after is not None:
                 late, after = await self.storage.scan(recovery.overdue, self.db, after)
@@ -213,15 +214,16 @@ class Worker:
             log.exception("looking for leases that ran out failed")
 
     async def _bring_forward(self) -> None:
-        """What a clock that went back would hold up; all of it again, later, if that fails."""
-        self._rewind = False
+        """What is due later than it can be, a clock that was ahead has set; all of it again, later, if that fails."""
+        began, self._next_look = time.monotonic(), math.inf
         try:
-            for batch in await self.storage.scan(recovery.far_ahead, self.db, self.rules.lease):
-                await self.storage.write(recovery.bring_forward, self.db, self.rules.lease, *batch)
+            if await recovery.bring_all_forward(self.storage, self.rules):
+                self._awake.set()
         except BaseException:
-            self._rewind = True
+            self._next_look = 0
             raise
-        self._awake.set()
+        now = time.monotonic()
+        self._next_look = min(self._next_look, now + (now - began) / LOOKS)
 
     async def _sleep(self, seconds: float) -> None:
         try:
@@ -292,11 +294,8 @@ class Worker:
 
     def _headers(self, job: Job) -> dict[str, str]:
         now = clock.now()
-        secrets = [job.secret]
-        if job.previous_secret and (expires := read_time(job.previous_secret_expires_at)) and expires > now:
-            secrets.append(job.previous_secret)
         signed = signing.headers(
-            secrets,
+            job.secrets(now),
             webhook_id=job.webhook_id,
             event_id=job.event_id,
             event_type=job.event_type,

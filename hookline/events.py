@@ -41,7 +41,8 @@ MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that s
     f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
 )
 TIGHT = 50  # webhooks that are near their share: what the others get too many is given back when it takes its slots
-TEST_EVENT = "webhook.test"
+OWN = "hookline."  # what the types of our own events begin with: nobody else publishes them, and `*` is not for them
+TEST_EVENT = f"{OWN}webhook.test"
 TEST_ID = "evt_test_"  # how the id of an event for one webhook alone begins: nobody else has missed it
 TEST_DATA = {"message": "A test event: it was asked for by hand, and means nothing."}
 
@@ -109,12 +110,13 @@ def _detach() -> None:
 
 
 class NewEvent(NamedTuple):
-    """What publishing takes. `only`: for this webhook, whatever it has subscribed to."""
+    """What publishing takes. `only`: for this webhook, whatever it has subscribed to. `own`: Hookline's own event."""
 
     event_type: str
     data: Mapping[str, Any]
     idempotency_key: str | None = None
     only: str | None = None
+    own: bool = False
 
 
 class Published(NamedTuple):
@@ -192,6 +194,8 @@ def payload_of(new: NewEvent, timestamp: str | None, limit: int) -> str:
     """The body: the data, then `event_type` and `timestamp`, as compact ASCII JSON. Raises Invalid, TooLarge."""
     if not isinstance(new.event_type, str) or not EVENT_TYPE.fullmatch(new.event_type) or new.event_type == "*":
         raise Invalid("event_type must be 1 to 200 printable ASCII characters, and not *")
+    if new.event_type.startswith(OWN) and new.only is None and not new.own:
+        raise Invalid(f"event_type must not begin with {OWN}: such events are Hookline's own")
     if new.idempotency_key is not None and not is_key(new.idempotency_key):
         raise Invalid(f"idempotency_key must be 1 to {MAX_KEY} printable ASCII characters")
     if not isinstance(new.data, Mapping) or not all(isinstance(name, str) for name in new.data):
@@ -234,6 +238,16 @@ def has_lone_surrogate(value: Any) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def subscriptions_to(event_type: str) -> list[str]:
+    """What webhooks subscribe to in order to get events of this type: the type, and `*` but for our own events."""
+    return [event_type] if event_type.startswith(OWN) else [event_type, "*"]
+
+
+def is_about(webhook_id: str, event_type: str, data: Mapping[str, Any]) -> bool:
+    """Is this an event of our own about that webhook, which therefore does not get it?"""
+    return event_type.startswith(OWN) and data.get("webhook_id") == webhook_id
 
 
 def teams_of(data: Mapping[str, Any]) -> list[str]:
@@ -289,7 +303,7 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
         (place, draft.event_id, event_type, team)
         for place, draft in enumerate(drafts)
         if draft.new.only is None
-        for event_type in (draft.new.event_type, "*")
+        for event_type in subscriptions_to(draft.new.event_type)
         for team in teams_of(draft.new.data)
     ]
     at, lost = stored_time(now), stored_time(now + timedelta(seconds=outlet.lease))
@@ -372,15 +386,7 @@ def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False
     `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter (`{numbers}`: of those
     that are numbers). With `open_now` a lane that rests is opened.
     """
-
-    def wake() -> None:
-        outlet_of(db).wake(Wake())
-
-    if in_unit(db):
-        _open_lanes(db, condition, *parameters, open_now=open_now)
-        after_commit(db, wake)
-    else:  # the caller's own transaction: until it ends it would hold lanes that workers and other publishers need
-        after_commit(db, lambda: _open_lanes(db, condition, *parameters, open_now=open_now), wake)
+    change_lanes(db, lambda: _open_lanes(db, condition, *parameters, open_now=open_now))
 
 
 def _queue_published(db: Database, so_far: Uncommitted, event_ids: Sequence[str]) -> None:
@@ -418,6 +424,23 @@ def _open_lanes(db: Database, condition: str, *parameters: Any, open_now: bool =
         f"WHERE {where} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
     )
     db.execute_sql(statement, (stored_time(clock.now()), *parameters))
+
+
+def change_lanes(db: Database, step: Callable[[], Any]) -> None:
+    """Run a step that may open lanes, in this unit of work, and wake the worker after its commit."""
+
+    def wake() -> None:
+        outlet_of(db).wake(Wake())
+
+    def in_its_own() -> None:
+        with transaction(db):
+            step()
+
+    if in_unit(db):
+        step()
+        after_commit(db, wake)
+    else:  # the caller's own transaction: until it ends it would hold lanes that workers and other publishers need
+        after_commit(db, in_its_own, wake)
 
 
 def after_commit(db: Database, *steps: Callable[[], None]) -> None:

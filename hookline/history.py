@@ -54,17 +54,17 @@ def explain(db: Database, event_id: str, *, limit: int = 50, after: str = "") ->
     """
     with connected(db):
         event = _event(db, event_id)
-        teams = events.teams_of(json.loads(event["payload"]))
+        data = json.loads(event["payload"])
         query = Webhook.select().where(Webhook.webhook_id > after).order_by(Webhook.webhook_id).limit(limit)
         webhooks = list(query.dicts().bind(db).execute())
         ids = [webhook["webhook_id"] for webhook in webhooks]
         made = Delivery.select(Delivery.webhook, Delivery.delivery_id, Delivery.status)
         made = made.where(Delivery.event == event_id, Delivery.webhook.in_(ids)).tuples().bind(db)
         found = {webhook_id: (delivery_id, status) for webhook_id, delivery_id, status in made.execute()}
-    return [_explained(webhook, event, teams, found.get(webhook["webhook_id"])) for webhook in webhooks]
+    return [_explained(webhook, event, data, found.get(webhook["webhook_id"])) for webhook in webhooks]
 
 
-def _explained(webhook: Row, event: Row, teams: Sequence[str], made: tuple[int, str] | None) -> Row:
+def _explained(webhook: Row, event: Row, data: Row, made: tuple[int, str] | None) -> Row:
     shown: Row = {"webhook_id": webhook["webhook_id"], "matched": made is not None, "reason": "matched"}
     if made is not None:
         return {**shown, "delivery_id": made[0], "status": made[1]}
@@ -72,9 +72,11 @@ def _explained(webhook: Row, event: Row, teams: Sequence[str], made: tuple[int, 
         shown["reason"] = "a test of another webhook"
     elif not webhook["enabled"]:
         shown["reason"] = "disabled"
-    elif not {event["event_type"], "*"} & set(json.loads(webhook["events"])):
+    elif not set(events.subscriptions_to(event["event_type"])) & set(json.loads(webhook["events"])):
         shown["reason"] = "not subscribed"
-    elif (webhook["team"] or "") not in teams:
+    elif events.is_about(webhook["webhook_id"], event["event_type"], data):
+        shown["reason"] = "about this webhook"
+    elif (webhook["team"] or "") not in events.teams_of(data):
         shown["reason"] = "another team"
     else:
         shown["reason"] = "changed since: it would match today"
@@ -124,23 +126,33 @@ def _missed(db: Database, webhook: Row, since: datetime, until: datetime | None)
     """The events that match the webhook and of which it has no delivery, oldest first."""
     wanted = set(json.loads(webhook["events"]))
     made = Delivery.select(1).where(Delivery.event == Event.event_id, Delivery.webhook == webhook["webhook_id"])
-    query = Event.select(Event.event_id, Event.payload, Event.created_at)
+    query = Event.select(Event.event_id, Event.event_type, Event.payload, Event.created_at)
     query = query.where(Event.created_at >= since, ~fn.EXISTS(made))
     if until is not None:
         query = query.where(Event.created_at < until)
-    if "*" not in wanted:
-        query = query.where(Event.event_type.in_(sorted(wanted)))
+    named = Event.event_type.in_(sorted(wanted))
+    others = fn.SUBSTR(Event.event_type, 1, len(events.OWN)) != events.OWN
+    query = query.where(named | others if "*" in wanted else named)
     query = query.where(Event.event_type != events.TEST_EVENT)
     query = query.where(fn.SUBSTR(Event.event_id, 1, len(events.TEST_ID)) != events.TEST_ID)
     query = query.order_by(Event.created_at, Event.event_id).limit(PAYLOADS_AT_ONCE)
-    team, found, rest = webhook["team"] or "", list[str](), query
+    found, rest = list[str](), query
     while True:
         rows = list(rest.tuples().bind(db).execute())
-        found += [event_id for event_id, payload, _ in rows if not team or team in events.teams_of(json.loads(payload))]
+        found += [event_id for event_id, event_type, payload, _ in rows if _is_for(webhook, event_type, payload)]
         if len(rows) < PAYLOADS_AT_ONCE:
             return found
-        last = Tuple(stored_time(rows[-1][2]), rows[-1][0])
+        last = Tuple(stored_time(rows[-1][3]), rows[-1][0])
         rest = query.where(Tuple(Event.created_at, Event.event_id) > last)
+
+
+def _is_for(webhook: Row, event_type: str, payload: str) -> bool:
+    """Is an event to which this webhook has subscribed about its team, and not about itself?"""
+    team, own = webhook["team"] or "", event_type.startswith(events.OWN)
+    if not team and not own:
+        return True
+    data = json.loads(payload)
+    return team in events.teams_of(data) and not events.is_about(webhook["webhook_id"], event_type, data)
 
 
 def _deliver(db: Database, webhook: Mapping[str, Any], event_ids: Sequence[str]) -> int:

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 from peewee import Database
 
-from hookline import attempts, clock, events, policy, sql
+from hookline import attempts, clock, events, policy, resting, rotation, sql
 from hookline.database import is_postgres
 from hookline.policy import Outcome, Result, Rules, Settlement
 from models import IN_ORDER, read_time, stored_time
 
 LANES_AT_ONCE = 100
 CANCELLED_AT_ONCE = 1000
-DISABLED_EVENT = "webhook.disabled"
+DISABLED_EVENT = f"{events.OWN}webhook.disabled"
 OF_WEBHOOKS = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
 GONE = "the endpoint answered 410 Gone"
 DELINQUENT = "every attempt has failed for too long"
@@ -41,8 +41,10 @@ class Job(NamedTuple):
     secret: str
     previous_secret: str | None
     previous_secret_expires_at: Any
+    earlier_secrets: str | None
     headers: str | None
     retry_schedule: str | None
+    rate_limit: float | None
     ordered: bool
     event_type: str
     body: bytes
@@ -56,6 +58,11 @@ class Job(NamedTuple):
     def exclusive(self) -> bool:
         """Is the lane closed until it is settled?"""
         return self.closed_until is not None
+
+    def secrets(self, now: datetime) -> list[str]:
+        """Those that sign, newest first."""
+        kept = rotation.kept(self.previous_secret, self.previous_secret_expires_at, self.earlier_secrets, now)
+        return [self.secret, *(secret for secret, _ in reversed(kept))]
 
     def own_headers(self) -> dict[str, str]:
         return dict(json.loads(self.headers)) if self.headers else {}
@@ -107,8 +114,9 @@ def load(
 @lru_cache(maxsize=8)
 def load_sql(db: Database) -> str:
     return f"""
-        SELECT d.delivery_id, d.webhook_id, d.event_id, d.attempts, d.attempts_before, w.url, w.secret,
-               w.previous_secret, w.previous_secret_expires_at, w.headers, w.retry_schedule, w.ordered
+        SELECT d.delivery_id, d.webhook_id, d.event_id, d.attempts, d.attempts_before, w.url,
+               w.secret, w.previous_secret, w.previous_secret_expires_at, w.earlier_secrets,
+               w.headers, w.retry_schedule, w.rate_limit, w.ordered
         FROM {sql.rows(db, "id bigint", "until timestamptz")}
         CROSS JOIN deliveries d CROSS JOIN webhooks w
         WHERE d.delivery_id = given.id AND w.webhook_id = d.webhook_id AND w.enabled
@@ -232,8 +240,7 @@ def settle(db: Database, settled: Sequence[Settled], delinquent_since: str, only
     found = attempts.record(db, [_settled_row(one, now) for one in settled])
     counts = _counts(one for one in settled if one.job.delivery_id in found and found[one.job.delivery_id].is_new)
     db.execute_sql(count_sql(db), (sql.parameter(counts),))
-    if lanes := _lanes_after(settled, now):
-        db.execute_sql(lanes_sql(db), (sql.parameter(lanes), now))
+    resting.settle(db, settled, now)
     failures = [one for one in settled if not one.is_success]
     over = [one for one in failures if one.settlement.status == "failed" and one.job.delivery_id in found]
     final = [one for one in over if found[one.job.delivery_id].status == "failed"]
@@ -293,49 +300,6 @@ def _counts(settled: Iterable[Settled]) -> list[list[Any]]:
     return [[stored_time(one) if isinstance(one, datetime) else one for one in counts] for counts in found.values()]
 
 
-@lru_cache(maxsize=8)
-def lanes_sql(db: Database) -> str:
-    """With strict order a lane that rests is changed only by the delivery for which it was closed.
-
-    So neither what was begun before, nor what is settled a second time, opens it while another one is made.
-    """
-    rows = sql.rows(db, "id", "due timestamptz", "opens timestamptz", "failed integer", "closed timestamptz")
-    sooner = sql.sooner(db, "lanes.due_at", "excluded.due_at")
-    more = sql.later(db, "lanes.failures", "excluded.failures")
-    return f"""
-        WITH changes AS (
-            SELECT given.id, due, opens, failed, closed, coalesce(w.ordered, FALSE) AS in_order
-            FROM {rows} CROSS JOIN webhooks w WHERE w.webhook_id = given.id)
-        INSERT INTO lanes (webhook_id, due_at, open_at, failures)
-        SELECT id, due, opens, failed FROM changes WHERE TRUE ORDER BY id
-        ON CONFLICT (webhook_id) DO UPDATE SET open_at = excluded.open_at,
-            failures = CASE WHEN excluded.failures = 0 THEN 0 ELSE {more} END,
-            due_at = CASE WHEN excluded.open_at IS NULL THEN {sooner} ELSE excluded.due_at END
-        WHERE NOT coalesce(lanes.open_at > {sql.moment(db)}, FALSE) OR NOT EXISTS (
-            SELECT 1 FROM changes c WHERE c.id = lanes.webhook_id AND c.in_order
-            AND (c.closed IS NULL OR c.closed <> lanes.open_at))"""
-
-
-def _lanes_after(settled: Iterable[Settled], now: str) -> list[list[Any]]:
-    """The lanes to change: of what is tried again, and those that were closed for the attempt. Most need none."""
-    found: dict[str, list[Any]] = {}
-    for job, _, settlement in sorted(settled, key=lambda one: not one.job.exclusive):
-        before = found.get(job.webhook_id)
-        if before is not None and before[4] is not None and not job.exclusive:
-            continue  # the lane was closed for another one, whose result says what becomes of it
-        failed = settlement.outcome is not Outcome.SUCCEEDED
-        if not failed and not job.exclusive:
-            if before is not None:
-                before[2:4] = [None, 0]  # it works again
-            continue
-        times = [settlement.lane_opens_at, settlement.next_attempt_at if job.ordered else None, read_time(job.opens_at)]
-        latest = max((one for one in times if one is not None), default=None)
-        opens = None if latest is None else stored_time(latest)
-        failures = job.failures + 1 if failed else 0
-        found[job.webhook_id] = [job.webhook_id, opens or now, opens, failures, job.closed_until]
-    return list(found.values())
-
-
 def disable(db: Database, ids: Iterable[str], reason: str, now: str, failing_since: str | None = None) -> list[str]:
     """Disable those of these webhooks that are enabled (and have failed since then); tell whoever listens."""
     wanted = sorted(ids)
@@ -350,7 +314,7 @@ def disable(db: Database, ids: Iterable[str], reason: str, now: str, failing_sin
     disabled = [row[0] for row in db.execute_sql(statement, parameters).fetchall()]
     if disabled:
         events.queue(db, OF_WEBHOOKS, sql.ids(disabled), open_now=True)
-        news = [events.NewEvent(DISABLED_EVENT, {"webhook_id": one, "reason": reason}) for one in disabled]
+        news = [events.NewEvent(DISABLED_EVENT, {"webhook_id": one, "reason": reason}, own=True) for one in disabled]
         events.publish_all(db, news)
     return disabled
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 JITTER = 0.1  # of a step of the schedule, either way
 LANE_BACKOFF = 5.0  # seconds after the first failure of an endpoint, doubled for each more in a row
@@ -107,6 +107,25 @@ def lane_backoff(failures: int) -> float:
 def lane_rest(sent: int, rate_limit: float) -> timedelta:
     """How long a rate-limited lane rests after so many deliveries: a day at most."""
     return timedelta(seconds=min(sent / rate_limit, MAX_REST))
+
+
+def rest_after(rest: float, failures: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """Seconds that a lane, which would rest for `rest` more, still rests after a change of its webhook's settings.
+
+    They are `rate_limit`, `ordered` and `retry_schedule`. What the change does not concern goes on.
+    """
+    if before["ordered"] and not after["ordered"]:
+        return 0.0
+    old, new = before["rate_limit"], after["rate_limit"]
+    if old is not None and (new is None or new > old):
+        if not failures:
+            rest = rest * old / new if new else 0.0
+        elif rest <= 1 / old:  # else it is not the rate limit's
+            rest = min(rest, lane_backoff(failures))
+    schedule = after["retry_schedule"]
+    if after["ordered"] and schedule and schedule != before["retry_schedule"]:
+        rest = min(rest, max(schedule) * (1 + JITTER))
+    return rest
 
 
 def lane_budget(failures: int, ordered: bool, rate_limit: float | None, free: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -27,6 +28,7 @@ log = logging.getLogger("hookline")
 WINDOW = 500  # events looked at in one go
 BATCH = 500  # deliveries deleted in one unit of work
 EVERY = 600.0  # seconds between passes
+JUMP = 86400.0  # seconds that the clock may go forward between two passes; so long a purge waits after more than that
 FIRST = 60.0  # seconds until the first one, at most, so that workers do not all begin at once
 
 Place = tuple[str, str]  # the time and id of an event
@@ -43,15 +45,42 @@ class Purged(NamedTuple):
 
 async def keep(storage: Storage, retention: float | None, every: float = EVERY, first: float = FIRST) -> None:
     """Purge what is older than `retention` seconds (None: nothing), again and again, until cancelled."""
+    watch = Watch()
     await asyncio.sleep(random.uniform(0, first))
     while retention is not None:
         try:
-            await _pass(storage, clock.now() - timedelta(seconds=retention))
+            if watch.trusts_the_clock():
+                await _pass(storage, clock.now() - timedelta(seconds=retention))
         except Unavailable as exc:
             log.warning("the purge goes on later: %s", exc)
         except Exception:  # whatever it is, the next pass comes
             log.exception("the purge failed")
         await asyncio.sleep(every)
+
+
+class Watch:
+    """Notices that the clock jumps forward, after which what is recent looks old."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+        self._until: float | None = None  # of time.monotonic(): until when the clock is not trusted
+
+    def trusts_the_clock(self) -> bool:
+        """False, with a warning, from a jump of more than a day on, for a day or until the clock is put right."""
+        now = time.monotonic()
+        jump = time.time() - now - self._offset
+        if jump > JUMP:
+            if self._until is None:
+                self._until = now + JUMP
+                log.warning(
+                    "the clock went forward by %.1f days: nothing is purged for a day; if it is right now, "
+                    "python manage.py purge does so at once",
+                    jump / 86400,
+                )
+            if now < self._until:
+                return False
+        self._offset, self._until = self._offset + jump, None
+        return True
 
 
 async def _pass(storage: Storage, cutoff: datetime) -> None:

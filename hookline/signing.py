@@ -77,14 +77,15 @@ def headers(
     timestamp: int,
     body: bytes,
 ) -> dict[str, str]:
-    """Both schemes' headers. `secrets`: the current one first, then one that a rotation still keeps.
+    """Both schemes' headers. `secrets`: the current one first, then those that a rotation still keeps, newest first.
 
+    The legacy header has room for one signature: the oldest secret's, which every receiver still has.
     `event_time` is the `timestamp` in the body, `timestamp` the unix second of this attempt.
     """
     return {
         "Content-Type": "application/json",
         "User-Agent": AGENT,
-        "X-Webhook-Signature": legacy_signature(secrets[0], body),
+        "X-Webhook-Signature": legacy_signature(secrets[-1], body),
         "X-Webhook-Event": event_type,
         "X-Webhook-Timestamp": event_time,
         "X-Webhook-ID": webhook_id,

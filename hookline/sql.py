@@ -60,6 +60,13 @@ def moment(db: Database) -> str:
     return f"{db.param}::timestamptz" if is_postgres(db) else db.param
 
 
+def seconds(db: Database, start: str, end: str) -> str:
+    """From one time to another."""
+    if is_postgres(db):
+        return f"extract(epoch FROM {end} - {start})"
+    return f"(julianday({end}) - julianday({start})) * 86400.0"
+
+
 def later(db: Database, first: str, second: str) -> str:
     """The greater of two values; a null first one is none."""
     return f"greatest({first}, {second})" if is_postgres(db) else f"max(coalesce({first}, {second}), {second})"

@@ -19,7 +19,7 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, forks, history, reports, schema, sql
+from hookline import clock, events, forks, history, reports, resting, rotation, schema, sql
 from hookline.database import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -197,7 +197,7 @@ class WebhookManager:
     ) -> Rows:
         """At most `limit` webhooks, oldest first, from the one behind `after` (its created_at and id).
 
-        `event` finds those that would get events of this type, `*` included. Raises Unavailable.
+        `event` finds those that would get events of this type, also through `*`. Raises Unavailable.
         """
         query = Webhook.select(*(getattr(Webhook, name) for name in SHOWN_COLUMNS))
         query = query.order_by(Webhook.created_at, Webhook.webhook_id).limit(limit)
@@ -240,6 +240,7 @@ class WebhookManager:
             values["updated_at"] = clock.now()
             missed_since = self._missing_since(webhook_id) if again else None
             Webhook.update(values).where(Webhook.webhook_id == webhook_id).execute(self.db)
+            resting.reopen(self.db, webhook_id, before, changes)
             if "events" in changes or "team" in changes:
                 Subscription.delete().where(Subscription.webhook == webhook_id).execute(self.db)
                 rows = subscriptions(webhook_id, after["events"], after["team"])
@@ -287,28 +288,22 @@ class WebhookManager:
             return events.publish_one(self.db, new)
 
     def rotate(self, webhook_id: str, secret: str, overlap_seconds: int) -> datetime | None:
-        """Replace the secret; the old one keeps signing beside it for `overlap_seconds`.
+        """Replace the secret; the old one keeps signing beside it for `overlap_seconds`, as do earlier ones until then.
 
-        Returns when the old one expires, None if it is gone at once. Raises NotFound, Invalid, Unavailable.
+        Without an overlap all of them are gone at once. Returns when the newest of them expires, None if there is none.
+        Raises NotFound, Invalid, Conflict (too many are valid already), Unavailable.
         """
         check_rotation(secret, overlap_seconds)
         now = clock.now()
         expires = now + timedelta(seconds=overlap_seconds) if overlap_seconds else None
         with transaction(self.db):
-            changed = (
-                Webhook.update(
-                    previous_secret=Webhook.secret if expires else None,
-                    previous_secret_expires_at=expires,
-                    secret=secret,
-                    updated_at=now,
-                )
-                .where(Webhook.webhook_id == webhook_id)
-                .execute(self.db)
-            )
-            if not changed:
+            values = rotation.rotated(self.db, webhook_id, secret, expires)
+            if values is None:
                 raise NotFound("Webhook not found")
+            Webhook.update(values, updated_at=now).where(Webhook.webhook_id == webhook_id).execute(self.db)
         warn_of_short(webhook_id, secret)
-        return expires
+        newest: datetime | None = values["previous_secret_expires_at"]
+        return newest
 
     def _everything(self) -> Iterator[dict[str, Any]]:
         query = Webhook.select(*(getattr(Webhook, name) for name in SHOWN_COLUMNS))
@@ -370,7 +365,7 @@ def subscriptions(webhook_id: str, events: Iterable[str], team: str | None) -> l
 def wants(event: str) -> Any:
     """Does the outer query's webhook have a subscription to this type? One primary-key seek each."""
     return Subscription.select(1).where(
-        Subscription.event_type.in_([event, "*"]),
+        Subscription.event_type.in_(events.subscriptions_to(event)),
         Subscription.team == fn.COALESCE(Webhook.team, ""),
         Subscription.webhook == Webhook.webhook_id,
     )

@@ -63,15 +63,25 @@ def tables(db):
     return [Import, Replay, Worker]
 
 
+OVERLAPS = {
+    "idx_webhooks_overlap": "(previous_secret_expires_at) WHERE previous_secret_expires_at IS NOT NULL",
+    "idx_webhooks_earlier": "(webhook_id) WHERE earlier_secrets IS NOT NULL",
+}
+
+
 def up(migrator, db):
     migrator.migrate(
         migrator.add_column("webhooks", "earlier_secrets", TextField(null=True)),
         migrator.add_column("deliveries", "reason", TextField(null=True)),
     )
     db.create_tables(tables(db), safe=False)
+    for name, where in OVERLAPS.items():
+        db.execute_sql(f"CREATE INDEX {name} ON webhooks {where}")
 
 
 def down(migrator, db):
+    for name in OVERLAPS:
+        db.execute_sql(f"DROP INDEX {name}")
     db.drop_tables(tables(db), safe=False)
     db.execute_sql("UPDATE deliveries SET last_error = reason WHERE last_error IS NULL AND reason IS NOT NULL")
     migrator.migrate(

@@ -232,7 +232,7 @@ def test_an_event_shows_its_data_and_how_its_deliveries_fare(db: Database, publi
 def test_a_test_event_goes_to_one_webhook_alone(db: Database, manager: WebhookManager, webhook_id: str) -> None:
     manager.register(URL, ["*"], SECRET)
     tested = manager.send_test(webhook_id)
-    assert (tested.event_type, tested.deliveries) == ("webhook.test", 1)
+    assert (tested.event_type, tested.deliveries) == ("hookline.webhook.test", 1)
     assert the_one(db)["webhook_id"] == webhook_id
     manager.update(webhook_id, {"enabled": False})
     with pytest.raises(Conflict, match="disabled"):

@@ -162,7 +162,7 @@ async def test_gone_disables_the_webhook_cancels_what_waits_and_tells_who_listen
     receiver.answers["/gone"] = answering(410)
     webhook_id = manager.register(f"{receiver.url}/gone", ["goal"], SECRET)
     manager.update(webhook_id, {"ordered": True})
-    manager.register(f"{receiver.url}/operator", ["webhook.disabled"], SECRET)
+    manager.register(f"{receiver.url}/operator", ["hookline.webhook.disabled"], SECRET)
     events.publish_all(db, [NewEvent("goal", {"n": n}) for n in range(3)])
     async with working(db):
         (news,) = await asyncio.to_thread(receiver.wait_for, 1, "/operator")
@@ -251,9 +251,6 @@ async def test_a_small_step_of_the_clock_makes_nothing_due(
         await until(lambda: abs(worker._offset - (time.time() - time.monotonic())) < 1)
         await until(lambda: worker._sweeping is not None and worker._sweeping.done())
         assert deliveries.page(db)[0]["next_attempt_at"] > clock.now() + timedelta(hours=20)
-        worker._offset += 100
-        ((delivery),) = await until(ended(db))
-    assert (delivery["status"], delivery["attempts"]) == ("succeeded", 2)
 
 
 async def test_a_clock_that_goes_far_back_costs_one_retry(
@@ -268,12 +265,15 @@ async def test_a_clock_that_goes_far_back_costs_one_retry(
     receiver.answers["/down"] = answering(500)
     for _ in range(50):
         manager.register(f"{receiver.url}/down", ["goal"], SECRET)
+    real_now = clock.now
+    monkeypatch.setattr(clock, "now", lambda: real_now() + timedelta(hours=10))
     async with working(db, Rules(retry_schedule=(86400,) * 9, lease=10, timeout=5, concurrency=200)) as worker:
         manager.send_event("goal", {})
         await until(lambda: attempts() == {1})
-        worker._offset += 100
+        monkeypatch.setattr(clock, "now", real_now)
+        worker._offset += 36000
         await until(lambda: attempts() == {2})
-        await until(lambda: worker._sweeping is not None and worker._sweeping.done() and not worker._rewind)
+        await until(lambda: worker._sweeping is not None and worker._sweeping.done() and worker._next_look)
         await asyncio.sleep(0.5)
         assert attempts() == {2}
 

@@ -124,7 +124,7 @@ def test_a_webhook_is_tested_replayed_and_its_rules_set(delivering: Server, rece
     webhook_id = create(delivering, f"{receiver.url}/hook")
     path = f"/api/v1/webhooks/{webhook_id}"
     assert delivering.client.post(f"{path}/test").json()["deliveries"] == 1
-    assert receiver.wait_for(1)[0].data["event_type"] == "webhook.test"
+    assert receiver.wait_for(1)[0].data["event_type"] == "hookline.webhook.test"
     rules = {"retry_schedule": [1, 60.5], "rate_limit": 50, "ordered": True}
     changed = delivering.client.patch(path, json=rules).json()
     assert {name: changed[name] for name in rules} == {**rules, "retry_schedule": [1.0, 60.5]}

@@ -424,9 +424,9 @@ def test_a_clock_that_goes_far_back_opens_no_lane_in_which_one_is_made_in_order(
     write_now(db, lanes.settle, db, failed, stored_time(LONG_AGO))
     monkeypatch.setattr(clock, "now", lambda: now)
     assert claim(db) == []
-    for batch in recovery.far_ahead(db, 60):
-        write_now(db, recovery.bring_forward, db, 60, *batch)
-    assert recovery.far_ahead(db, 60) == []
+    found, resting, _ = recovery.misdated(db, Rules())
+    assert write_now(db, recovery.bring_forward, db, Rules(), found, resting) == 3
+    assert recovery.misdated(db, Rules()) == ([], [], None)
     assert [job.webhook_id for job in claim(db)] == [other]
     monkeypatch.setattr(clock, "now", lambda: now + timedelta(seconds=61))
     assert {job.webhook_id for job in claim(db)} == {webhook_id, other}

@@ -135,7 +135,26 @@ def test_a_webhook_that_somebody_disables_is_told_once_it_is(
 def result_of(webhook_id: str, code: int) -> Settled:
     error = None if code == 200 else f"answered {code}"
     result = Result(clock.now(), 5, code, error)
-    job = Job(1, webhook_id, "evt_1", 0, 0, "http://u/", SECRET, None, None, None, None, False, "goal", b"", "", 0.0)
+    job = Job(
+        delivery_id=1,
+        webhook_id=webhook_id,
+        event_id="evt_1",
+        attempts=0,
+        attempts_before=0,
+        url="http://u/",
+        secret=SECRET,
+        previous_secret=None,
+        previous_secret_expires_at=None,
+        earlier_secrets=None,
+        headers=None,
+        retry_schedule=None,
+        rate_limit=None,
+        ordered=False,
+        event_type="goal",
+        body=b"",
+        event_time="",
+        leased_at=0.0,
+    )
     return Settled(job, result, policy.settle(result, attempts=1, failures=0, schedule=(5,), now=clock.now()))
 
 

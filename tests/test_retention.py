@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -259,3 +260,57 @@ def test_the_command_counts_first_and_refuses_what_is_no_duration(place: Place, 
         assert wrong.returncode == 1
         assert "--older-than" in wrong.stderr
         assert "Traceback" not in wrong.stderr
+
+
+async def test_a_clock_that_jumps_forward_by_more_than_a_day_purges_nothing_and_says_so(
+    db: Database,
+    webhooks: list[str],
+    at: Any,
+    place: Place,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until the process has run for a day since; a purge by hand does its work all the same."""
+    wall, run = time.time, time.monotonic
+    events.publish_one(db, NewEvent("nobody", {}))
+    looked: asyncio.Queue[bool] = asyncio.Queue()
+
+    class Told(retention.Watch):
+        def trusts_the_clock(self) -> bool:
+            looked.put_nowait(trusted := super().trusts_the_clock())
+            return trusted
+
+    monkeypatch.setattr(retention, "Watch", Told)
+    storage = storage_of(db)
+    await storage.start()
+    keeping = asyncio.ensure_future(retention.keep(storage, 30 * 86400, every=0.01, first=0))
+    assert await looked.get()
+    monkeypatch.setattr(time, "time", lambda: wall() + 31 * 86400)
+    at(NOW)
+    while await looked.get():
+        pass
+    assert not await looked.get() and counts(db)[0] == 1
+    (warning,) = [one.getMessage() for one in caplog.records]
+    assert "went forward by 31.0 days" in warning and "manage.py purge" in warning
+    assert manage(place, "purge", "--older-than", "1ms").stdout == "purged: 1 events, 0 deliveries\n"
+    at(OLD)
+    events.publish_one(db, NewEvent("nobody", {}))
+    at(NOW)
+    assert not await looked.get() and counts(db)[0] == 1
+    monkeypatch.setattr(time, "time", lambda: wall() + 32 * 86400)
+    monkeypatch.setattr(time, "monotonic", lambda: run() + 86401)
+    for _ in range(1000):
+        if counts(db)[0] == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert counts(db)[0] == 0
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    await storage.stop()
+
+
+def test_a_clock_that_is_put_right_again_is_trusted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wall, watch = time.time, retention.Watch()
+    for jump, trusted in ((0, True), (86_000, True), (3 * 86_400, False), (3 * 86_400, False), (86_000, True)):
+        monkeypatch.setattr(time, "time", lambda jump=jump: wall() + jump)
+        assert watch.trusts_the_clock() is trusted

@@ -1,0 +1,101 @@
+"""Hookline's own events, `hookline.*`: who gets them, and who may not publish them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from peewee import Database
+
+import hookline
+from hookline import WebhookManager, clock, deliveries, events, history, lanes
+from hookline.errors import Invalid
+from hookline.events import NewEvent
+from hookline.storage import write_now
+from models import stored_time
+from tests.conftest import SECRET, Server, manage
+from tests.databases import Place
+
+URL = "http://example.com/"
+DISABLED = "hookline.webhook.disabled"
+
+
+@pytest.fixture
+def named(manager: WebhookManager) -> str:
+    return manager.register(URL, [DISABLED], SECRET)
+
+
+@pytest.fixture
+def star(manager: WebhookManager) -> str:
+    return manager.register(URL, ["*"], SECRET)
+
+
+def disabled_event(db: Database, webhook_id: str) -> str:
+    """Disable it as a worker does; the id of the event that tells of it."""
+    write_now(db, lanes.disable, db, [webhook_id], "it is gone", stored_time(clock.now()))
+    return str(history.page(db, event_type=DISABLED)[0]["event_id"])
+
+
+def reasons(db: Database, event_id: str) -> dict[str, str]:
+    return {one["webhook_id"]: one["reason"] for one in history.explain(db, event_id)}
+
+
+def test_a_customer_of_all_events_hears_of_nobody_elses_webhook(
+    db: Database, manager: WebhookManager, named: str, star: str
+) -> None:
+    event_id = disabled_event(db, manager.register(URL, ["goal"], SECRET))
+    assert [one["webhook_id"] for one in deliveries.page(db, event_id=event_id)] == [named]
+    found = reasons(db, event_id)
+    assert (found[named], found[star]) == ("matched", "not subscribed")
+    assert [one["webhook_id"] for one in manager.list(event=DISABLED)] == [named]
+    assert {one["webhook_id"] for one in manager.list(event="goal")} >= {star}
+
+
+def test_a_replay_brings_a_customer_of_all_events_none_of_ours(
+    db: Database, manager: WebhookManager, star: str
+) -> None:
+    since = clock.now() - timedelta(minutes=1)
+    disabled_event(db, manager.register(URL, ["goal"], SECRET))
+    manager.update(star, {"enabled": False})
+    events.publish_all(db, [NewEvent("goal", {}), NewEvent("Hookline.webhook.disabled", {"webhook_id": star})])
+    manager.update(star, {"enabled": True})
+    assert history.replay(db, star, since) == 2
+    assert {one["event_type"] for one in deliveries.page(db, webhook_id=star)} == {"goal", "Hookline.webhook.disabled"}
+
+
+def test_a_webhook_never_hears_of_itself_by_replay_neither(db: Database, manager: WebhookManager, named: str) -> None:
+    since = clock.now() - timedelta(minutes=1)
+    of_itself = disabled_event(db, named)
+    of_another = disabled_event(db, manager.register(URL, ["goal"], SECRET))
+    manager.update(named, {"enabled": True})
+    assert history.replay(db, named, since) == 1
+    assert [one["event_id"] for one in deliveries.page(db, webhook_id=named)] == [of_another]
+    assert reasons(db, of_itself)[named] == "about this webhook"
+
+
+def test_a_test_event_goes_to_its_webhook_and_to_nobody_by_replay(
+    db: Database, manager: WebhookManager, named: str, star: str
+) -> None:
+    other = manager.register(URL, ["hookline.webhook.test"], SECRET)
+    tested = manager.send_test(named)
+    assert [one["webhook_id"] for one in deliveries.page(db, event_id=tested.event_id)] == [named]
+    for webhook_id in (star, other):
+        assert history.replay(db, webhook_id, clock.now() - timedelta(minutes=1)) == 0
+
+
+def test_nobody_else_publishes_what_looks_like_ours(db: Database, manager: WebhookManager, named: str) -> None:
+    for publish in (hookline.publish, manager.send_event):
+        with pytest.raises(Invalid, match="hookline"):
+            publish(DISABLED, {"webhook_id": "another"})
+    assert manager.send_event("hookline", {}).deliveries == 0
+    assert manager.send_event("hooklines.own", {}).deliveries == 0
+    assert deliveries.page(db) == []
+
+
+def test_the_command_line_and_http_refuse_them_in_one_sentence(server: Server, place: Place) -> None:
+    answer = server.client.post("/api/v1/events", json={"event_type": DISABLED, "data": {}})
+    assert answer.status_code == 422
+    assert "must not begin with hookline." in answer.text
+    refused = manage(place, "publish", DISABLED, "{}")
+    assert refused.returncode == 1
+    assert "must not begin with hookline." in refused.stderr and "Traceback" not in refused.stderr
