@@ -19,7 +19,7 @@ from datetime import timedelta
 
 from peewee import Database
 
-from hookline import clock, events, lanes, policy, recovery, retention, signing
+from hookline import clock, events, heartbeat, lanes, policy, recovery, replays, retention, signing
 from hookline.database import LOCK_TIMEOUT
 from hookline.egress import Client
 from hookline.errors import Unavailable
@@ -77,7 +77,9 @@ class Worker:
         events.attach(self.db, outlet)
         self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
-        self._purging = self._loop.create_task(retention.keep(self.storage, self.rules.retention))
+        purging = retention.keep(self.storage, self.rules.retention)
+        beside = (purging, replays.keep(self.storage), heartbeat.keep(self.storage))
+        self._beside = [self._loop.create_task(one) for one in beside]
 
     async def stop(self, grace: float = 5) -> None:
         """Claim nothing more, give what is in flight `grace` seconds, and release the rest for other workers."""
@@ -86,7 +88,8 @@ class Worker:
         for_others = events.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
         events.attach(self.db, for_others)
         self._awake.set()
-        self._purging.cancel()
+        for task in self._beside:
+            task.cancel()
         if self._sweeping is not None:
             self._sweeping.cancel()
             await asyncio.gather(self._sweeping, return_exceptions=True)
@@ -104,6 +107,7 @@ class Worker:
         if self._recording_aside is not None:
             await self._recording_aside
         await self._release(list(left))
+        await asyncio.gather(*self._beside, return_exceptions=True)
         await self.client.close()
 
     def slots(self) -> events.Slots:
