@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 from peewee import Database
 
 from hookline import clock, events, sql
-from hookline.database import connected
 from hookline.errors import NotFound
 from models import Status, Webhook, read_time, stored_time
 
 WINDOW = 500  # events looked at in one go
 MOST_COUNTED = 10_000  # deliveries
-WINDOWS_COUNTED = 400  # 200,000 events: counting ends here, too
+WINDOWS_COUNTED = 200  # 100,000 events: counting ends here, too
 LOOKED_BACK = 100_000  # deliveries from before an endpoint began to fail that are looked at
 PAYLOADS_AT_ONCE = 200  # each has up to MAX_PAYLOAD
 UNDELIVERED = (Status.FAILED, Status.CANCELLED)
@@ -41,7 +40,7 @@ class Window(NamedTuple):
 def count(db: Database, webhook_id: str, since: datetime, until: datetime | None = None, status: str = "failed") -> Row:
     """How many deliveries a replay would make due: `deliveries`, and with `more` perhaps more than that.
 
-    Counts to 10,000 deliveries or through 200,000 events, in short steps that hold no lock. Raises NotFound,
+    Counts to 10,000 deliveries or through 100,000 events, in short steps that hold no lock. Raises NotFound,
     Unavailable.
     """
     end, counted, more = min(until or clock.now(), clock.now()), 0, False
@@ -49,7 +48,7 @@ def count(db: Database, webhook_id: str, since: datetime, until: datetime | None
     for _ in range(WINDOWS_COUNTED):
         if after is None or counted > MOST_COUNTED:
             break
-        with connected(db):
+        with sql.looking(db):
             window = look(db, webhook_of(db, webhook_id), WANTED[status], after, end)
         counted, after = counted + len(window.missing) + len(window.ended), window.after
     else:
@@ -62,7 +61,7 @@ def since(db: Database, webhook_id: str, began: datetime) -> Row:
 
     Raises NotFound, Unavailable.
     """
-    with connected(db):
+    with sql.looking(db):
         first = _first_missed(db, webhook_id, began)
     return {"since": first, **count(db, webhook_id, first)}
 

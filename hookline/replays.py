@@ -149,7 +149,7 @@ def running(db: Database) -> list[str]:
 def find(db: Database, replay_id: str) -> Step | None:
     """The next step of a replay; None if it has ended. Changes nothing. Raises Unavailable."""
     select = Replay.select().where(Replay.replay_id == replay_id, Replay.state == "running")
-    with connected(db):
+    with sql.looking(db):
         found = list(select.dicts().bind(db).execute())
         return _next_step(db, found[0]) if found else None
 
@@ -180,6 +180,7 @@ def record(db: Database, step: Step) -> bool:
     """
     with transaction(db):
         sql.wait_briefly(db)
+        sql.plan_anew(db)
         sql.lock_webhooks(db, [step.webhook_id])
         select = f"SELECT enabled, ordered FROM webhooks WHERE webhook_id = {db.param}"
         webhook = db.execute_sql(select, (step.webhook_id,)).fetchone()
