@@ -5,7 +5,7 @@ Every function is one unit of work on the given database.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -38,6 +38,7 @@ COLUMNS = [
     Lane.open_at,
     Lane.failures,
 ]
+DUE_LANES = 100  # looked at for the oldest delivery that is due
 FINAL = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 Row = dict[str, Any]
@@ -208,27 +209,35 @@ def _attempt(number: int, found: Mapping[str, Any]) -> Row:
     return {"number": number, **{name: found[name] for name in names}}
 
 
-def count(db: Database, webhook_id: str, since: datetime, until: datetime | None, statuses: Sequence[str]) -> int:
-    """How many deliveries of a webhook, of events from `since` on, have one of these statuses."""
-    return len(_ids(db, webhook_id, since, until, statuses))
+def restart(db: Database, delivery_ids: Sequence[int], statuses: Iterable[str], due: str) -> list[int]:
+    """Make these due then, from the start of their schedule, if they have one of these statuses; returns their ids.
 
-
-def restart(db: Database, webhook_id: str, since: datetime, until: datetime | None, statuses: Sequence[str]) -> int:
-    """Make them due again, from the start of their schedule; returns how many."""
-    ids = _ids(db, webhook_id, since, until, statuses)
-    moment = sql.moment(db)
+    Inside a unit of work.
+    """
+    if not delivery_ids:
+        return []
+    allowed = ", ".join(f"'{Status(one)}'" for one in statuses)
     statement = f"""
         UPDATE deliveries SET status = 'pending', leased = FALSE, finished_at = NULL, attempts_before = attempts,
-               reason = NULL,
-               next_attempt_at = CASE WHEN (SELECT ordered FROM webhooks w WHERE w.webhook_id = deliveries.webhook_id)
-                                      THEN {moment} ELSE {moment} END
-        WHERE delivery_id IN (SELECT id FROM {sql.rows(db, "id bigint")}) AND status <> 'pending'"""
-    return int(db.execute_sql(statement, (IN_ORDER, stored_time(clock.now()), sql.ids(ids))).rowcount)
+               reason = NULL, next_attempt_at = {sql.moment(db)}
+        WHERE delivery_id IN (SELECT id FROM {sql.rows(db, "id bigint")}) AND status IN ({allowed})
+        RETURNING delivery_id"""
+    return [row[0] for row in db.execute_sql(statement, (due, sql.ids(delivery_ids))).fetchall()]
 
 
-def _ids(db: Database, webhook_id: str, since: datetime, until: datetime | None, statuses: Sequence[str]) -> list[int]:
-    query = Delivery.select(Delivery.delivery_id).join(Event, on=(Event.event_id == Delivery.event))
-    query = query.where(Delivery.webhook == webhook_id, Delivery.status.in_(list(statuses)), Event.created_at >= since)
-    if until is not None:
-        query = query.where(Event.created_at < until)
-    return [row[0] for row in query.tuples().bind(db).execute()]
+def oldest_due(db: Database) -> float:
+    """For how many seconds the delivery has been due that has waited longest in a due lane; 0 if none is.
+
+    Looks at the lanes that have been due for longest. Raises Unavailable.
+    """
+    now = clock.now()
+    first = """
+        SELECT CASE WHEN d.next_attempt_at = {order} THEN d.created_at ELSE d.next_attempt_at END FROM deliveries d
+        WHERE d.webhook_id = l.webhook_id AND d.status = 'pending' ORDER BY d.next_attempt_at LIMIT 1"""
+    moment = sql.moment(db)
+    statement = f"""
+        SELECT min(({first.format(order=moment)})) FROM (
+            SELECT webhook_id FROM lanes WHERE due_at <= {moment} ORDER BY due_at LIMIT {DUE_LANES}) AS l"""
+    with connected(db):
+        oldest = read_time(db.execute_sql(statement, (IN_ORDER, stored_time(now))).fetchone()[0])
+    return max((now - oldest).total_seconds(), 0.0) if oldest is not None else 0.0

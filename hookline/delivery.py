@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from peewee import Database
 
-from hookline import clock, events, lanes, orphans, recovery, retention, rotation, signing
+from hookline import clock, events, heartbeat, lanes, orphans, recovery, replays, retention, rotation, signing
 from hookline.capacity import Capacity
 from hookline.database import LOCK_TIMEOUT
 from hookline.egress import Client
@@ -74,7 +74,9 @@ class Worker:
         events.attach(self.db, outlet)
         self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
-        self._purging = self._loop.create_task(retention.keep(self.storage, self.rules.retention))
+        purging = retention.keep(self.storage, self.rules.retention)
+        beside = (purging, replays.keep(self.storage), heartbeat.keep(self.storage))
+        self._beside = [self._loop.create_task(one) for one in beside]
 
     async def stop(self, grace: float = 5) -> None:
         """Claim nothing more, give what is in flight `grace` seconds, and release the rest for other workers."""
@@ -84,7 +86,8 @@ class Worker:
         for_others = events.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
         events.attach(self.db, for_others)
         self._awake.set()
-        self._purging.cancel()
+        for task in self._beside:
+            task.cancel()
         if self._sweeping is not None:
             self._sweeping.cancel()
             await asyncio.gather(self._sweeping, return_exceptions=True)
@@ -99,6 +102,7 @@ class Worker:
         await asyncio.gather(*left.values(), return_exceptions=True)
         await self._recorder.finish()
         await self._release(list(left))
+        await asyncio.gather(*self._beside, return_exceptions=True)
         await self.client.close()
 
     def wake(self, wake: Wake) -> None:

@@ -1,21 +1,17 @@
-"""What happened to events: their list, why a webhook got one or did not, and replaying what a webhook missed."""
+"""What happened to events: their list, and why a webhook got one or did not."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from peewee import Database, Tuple, fn
 
-from hookline import clock, deliveries, events, sql
-from hookline.database import connected, transaction
-from hookline.errors import Conflict, NotFound
-from models import IN_ORDER, Delivery, Event, Status, Webhook, read_time, stored_time
-
-PAYLOADS_AT_ONCE = 200  # each has up to MAX_PAYLOAD
-UNDELIVERED = (Status.FAILED, Status.CANCELLED)
+from hookline import events
+from hookline.database import connected
+from hookline.errors import NotFound
+from models import Delivery, Event, Status, Webhook, stored_time
 
 Row = dict[str, Any]
 
@@ -83,101 +79,8 @@ def _explained(webhook: Row, event: Row, data: Row, made: tuple[int, str] | None
     return {**shown, "delivery_id": None, "status": None}
 
 
-def replay(
-    db: Database,
-    webhook_id: str,
-    since: datetime,
-    until: datetime | None = None,
-    *,
-    everything: bool = False,
-    dry_run: bool = False,
-) -> int:
-    """Deliver again what a webhook did not get of the events from `since` on (before `until`); returns how many.
-
-    That is what failed, was cancelled, or was published while it was disabled. With `everything` also what it did get.
-    A dry run counts and changes nothing. Raises NotFound, Conflict (it is disabled), Unavailable.
-    """
-    statuses = [*UNDELIVERED, Status.SUCCEEDED] if everything else list(UNDELIVERED)
-    if dry_run:
-        with connected(db):
-            webhook = _webhook(db, webhook_id)
-            return deliveries.count(db, webhook_id, since, until, statuses) + len(_missed(db, webhook, since, until))
-    with transaction(db):
-        webhook = _webhook(db, webhook_id)
-        if not webhook["enabled"]:
-            raise Conflict("the webhook is disabled: enable it first")
-        missed = _missed(db, webhook, since, until)
-        made = deliveries.restart(db, webhook_id, since, until, statuses) + _deliver(db, webhook, missed)
-        if made:
-            condition = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
-            events.queue(db, condition, sql.ids([webhook_id]), open_now=True)
-        return made
-
-
-def first_missed(db: Database, webhook_id: str, began: datetime) -> datetime:
-    """The time of the first event whose delivery ended undelivered from `began` on, at the latest `began` itself."""
-    query = Event.select(fn.MIN(Event.created_at)).join(Delivery, on=(Delivery.event == Event.event_id))
-    lost = query.where(Delivery.webhook == webhook_id, Delivery.status.in_(UNDELIVERED), Delivery.finished_at >= began)
-    first = read_time(lost.scalar(db))
-    return began if first is None else min(first, began)
-
-
-def _missed(db: Database, webhook: Row, since: datetime, until: datetime | None) -> list[str]:
-    """The events that match the webhook and of which it has no delivery, oldest first."""
-    wanted = set(json.loads(webhook["events"]))
-    made = Delivery.select(1).where(Delivery.event == Event.event_id, Delivery.webhook == webhook["webhook_id"])
-    query = Event.select(Event.event_id, Event.event_type, Event.payload, Event.created_at)
-    query = query.where(Event.created_at >= since, ~fn.EXISTS(made))
-    if until is not None:
-        query = query.where(Event.created_at < until)
-    named = Event.event_type.in_(sorted(wanted))
-    others = fn.SUBSTR(Event.event_type, 1, len(events.OWN)) != events.OWN
-    query = query.where(named | others if "*" in wanted else named)
-    query = query.where(Event.event_type != events.TEST_EVENT)
-    query = query.where(fn.SUBSTR(Event.event_id, 1, len(events.TEST_ID)) != events.TEST_ID)
-    query = query.order_by(Event.created_at, Event.event_id).limit(PAYLOADS_AT_ONCE)
-    found, rest = list[str](), query
-    while True:
-        rows = list(rest.tuples().bind(db).execute())
-        found += [event_id for event_id, event_type, payload, _ in rows if _is_for(webhook, event_type, payload)]
-        if len(rows) < PAYLOADS_AT_ONCE:
-            return found
-        last = Tuple(stored_time(rows[-1][3]), rows[-1][0])
-        rest = query.where(Tuple(Event.created_at, Event.event_id) > last)
-
-
-def _is_for(webhook: Row, event_type: str, payload: str) -> bool:
-    """Is an event to which this webhook has subscribed about its team, and not about itself?"""
-    team, own = webhook["team"] or "", event_type.startswith(events.OWN)
-    if not team and not own:
-        return True
-    data = json.loads(payload)
-    return team in events.teams_of(data) and not events.is_about(webhook["webhook_id"], event_type, data)
-
-
-def _deliver(db: Database, webhook: Mapping[str, Any], event_ids: Sequence[str]) -> int:
-    """Insert deliveries of these events, unless another replay just has; returns how many."""
-    if not event_ids:
-        return 0
-    now = stored_time(clock.now())
-    due = IN_ORDER if webhook["ordered"] else now
-    moment = sql.moment(db)
-    statement = f"""
-        INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
-        SELECT {db.param}, id, FALSE, {moment}, {moment} FROM {sql.rows(db, "id")} WHERE TRUE
-        ON CONFLICT (event_id, webhook_id) DO NOTHING"""
-    return int(db.execute_sql(statement, (webhook["webhook_id"], due, now, sql.ids(event_ids))).rowcount)
-
-
 def _event(db: Database, event_id: str) -> Row:
     found = list(Event.select().where(Event.event_id == event_id).dicts().bind(db).execute())
     if not found:
         raise NotFound("Event not found")
-    return dict(found[0])
-
-
-def _webhook(db: Database, webhook_id: str) -> Row:
-    found = list(Webhook.select().where(Webhook.webhook_id == webhook_id).dicts().bind(db).execute())
-    if not found:
-        raise NotFound("Webhook not found")
     return dict(found[0])

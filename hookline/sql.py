@@ -7,12 +7,13 @@ the GIL each. So what is on a hot path is one statement for a whole set, whose r
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peewee import Database
 
-from hookline.database import is_postgres
+from hookline.database import connected, is_postgres
 
 BRIEFLY = 500  # ms: others hold what they lock for a few
 
@@ -96,6 +97,28 @@ def wait_briefly(db: Database) -> None:
     """For the rest of this transaction: rather fail (LOCKED) than wait long for what somebody holds on to."""
     if is_postgres(db):
         db.execute_sql(f"SET LOCAL lock_timeout = {BRIEFLY}")
+
+
+def plan_anew(db: Database) -> None:
+    """For the rest of this transaction: plan each statement for the tables as they are now.
+
+    PostgreSQL keeps the plan of a statement that is repeated. One made while a table was nearly empty reads all of it,
+    for each row that it looks up, until somebody analyzes the table.
+    """
+    if is_postgres(db):
+        db.execute_sql("SET LOCAL plan_cache_mode = force_custom_plan")
+
+
+@contextmanager
+def looking(db: Database) -> Iterator[None]:
+    """Read, with plans made anew. On SQLite outside a transaction, which would be the writer's."""
+    with connected(db):
+        if not is_postgres(db):
+            yield
+            return
+        with db.atomic():
+            plan_anew(db)
+            yield
 
 
 def locked(db: Database, table: str) -> str:

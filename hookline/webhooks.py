@@ -19,7 +19,7 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, forks, history, reports, resting, rotation, schema, sql
+from hookline import clock, events, forks, missed, reports, resting, rotation, schema, sql
 from hookline.database import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -34,7 +34,10 @@ from models import Subscription, Webhook, read_time, stored_time
 log = logging.getLogger("hookline")
 
 BY_REQUEST = "disabled by request"
-WAITING = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
+WAITING = (  # one of them: a webhook may have any number that wait
+    "delivery_id IN (SELECT d.delivery_id FROM {given} CROSS JOIN deliveries d "
+    "WHERE d.webhook_id = given.id AND d.status = 'pending' LIMIT 1)"
+)
 
 REGISTER_COLUMNS = (
     "webhook_id",
@@ -226,7 +229,17 @@ class WebhookManager:
 
         May be given: url, events, team, description, headers, enabled, retry_schedule (seconds before each retry),
         rate_limit (deliveries per second), ordered. Enabling it again clears its failures, and the answer has a
-        `replay`: since when it missed deliveries, and how many a replay would bring back.
+        `replay`: since when it missed deliveries, and how many a replay would bring back (see `missed.count`).
+        """
+        webhook, began = self.change(webhook_id, changes)
+        if began is not None:
+            webhook["replay"] = missed.since(self.db, webhook_id, began)
+        return webhook
+
+    def change(self, webhook_id: str, changes: Mapping[str, Any]) -> tuple[dict[str, Any], datetime | None]:
+        """Like `update`, but what it missed is not counted: that takes time which a transaction does not have.
+
+        Instead, and if it is enabled again, also returns when it began to fail or was disabled: for `missed.since`.
         """
         check_changes(changes)
         with transaction(self.db):
@@ -238,18 +251,14 @@ class WebhookManager:
             if changes.get("enabled", before["enabled"]) != before["enabled"]:
                 values |= self._switched(webhook_id, changes["enabled"])
             values["updated_at"] = clock.now()
-            missed_since = self._missing_since(webhook_id) if again else None
+            began = self._began_missing(webhook_id) if again else None
             Webhook.update(values).where(Webhook.webhook_id == webhook_id).execute(self.db)
             resting.reopen(self.db, webhook_id, before, changes)
             if "events" in changes or "team" in changes:
                 Subscription.delete().where(Subscription.webhook == webhook_id).execute(self.db)
                 rows = subscriptions(webhook_id, after["events"], after["team"])
                 self.db.execute_sql(self._subscribe, (sql.parameter(rows),))
-            webhook = self.get(webhook_id)
-            if missed_since is not None:
-                missed = history.replay(self.db, webhook_id, missed_since, dry_run=True)
-                webhook["replay"] = {"since": missed_since, "deliveries": missed}
-            return webhook
+            return self.get(webhook_id), began
 
     def _switched(self, webhook_id: str, enabled: bool) -> dict[str, Any]:
         """What changes with `enabled`. What waits for a disabled webhook is cancelled, by the worker, in its lane."""
@@ -259,12 +268,12 @@ class WebhookManager:
         events.after_commit(self.db, partial(reports.disabled, webhook_id, BY_REQUEST))
         return {"disabled_at": clock.now(), "disabled_reason": BY_REQUEST}
 
-    def _missing_since(self, webhook_id: str) -> datetime | None:
-        """The time of the first event that it did not get since it began to fail, or since it was disabled."""
+    def _began_missing(self, webhook_id: str) -> datetime | None:
+        """When it began to fail, or was disabled."""
         query = Webhook.select(Webhook.failing_since, Webhook.disabled_at).where(Webhook.webhook_id == webhook_id)
         failing_since, disabled_at = query.tuples().bind(self.db).execute()[0]
         began: datetime | None = failing_since or disabled_at
-        return began and history.first_missed(self.db, webhook_id, began)
+        return began
 
     def send_event(self, event_type: str, event_data: Mapping[str, Any]) -> Published:
         """Store an event and a delivery of it to every matching webhook. Raises Invalid, TooLarge, Unavailable.

@@ -128,10 +128,11 @@ class Server:
             text=True,
         )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        path = "/health" if self.settings.get("RUN_WORKER") == "false" else "/ready"  # not ready until a worker beats
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if self.client.get("/ready").status_code == 200:
+                if self.client.get(path).status_code == 200:
                     return self
             except httpx.TransportError:
                 time.sleep(0.02)  # nothing listens yet; there is no signal to wait on from outside

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, history, lanes, policy
+from hookline import WebhookManager, clock, deliveries, lanes, policy
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.lanes import Job, Outcomes, Settled
@@ -23,6 +23,7 @@ from hookline.storage import storage_of, write_now
 from models import Webhook, stored_time
 from tests.conftest import SECRET
 from tests.receiver import Answer, Received, Receiver
+from tests.replaying import replayed
 
 RULES = Rules(retry_schedule=(0.05,), lease=30, timeout=10, concurrency=4)
 NOBODY = stored_time(clock.now() - timedelta(days=5))  # has failed since then
@@ -172,7 +173,7 @@ def test_a_delivery_that_is_asked_for_again_has_no_reason_any_more(
     if again == "retry":
         deliveries.retry(db, the_one(db)["delivery_id"])
     else:
-        history.replay(db, webhook_id, start)
+        replayed(db, webhook_id, start)
     assert the_one(db)["reason"] is None
     settle(db, result_of(claimed(db), 410))
     assert (the_one(db)["status"], the_one(db)["reason"]) == ("failed", "answered 410")

@@ -1,4 +1,4 @@
-"""The log and control of deliveries: what waits for what, retry, cancel, replay and explain."""
+"""The log and control of deliveries: what waits for what, retry, cancel and explain."""
 
 from __future__ import annotations
 
@@ -164,42 +164,6 @@ def test_what_is_not_there_is_not_found(db: Database) -> None:
         history.get(db, "evt_x")
     with pytest.raises(NotFound):
         history.explain(db, "evt_x")
-
-
-def test_a_replay_counts_first_and_brings_back_what_did_not_arrive(
-    db: Database, manager: WebhookManager, webhook_id: str
-) -> None:
-    start = clock.now()
-    manager.send_event("goal", {"n": "arrives"})
-    attempt(db, 200)
-    manager.send_event("goal", {"n": "fails"})
-    attempt(db, 500, Rules(retry_schedule=()))
-    manager.update(webhook_id, {"enabled": False})
-    manager.send_event("goal", {"n": "missed"})
-    manager.send_event("other", {"n": "not for it"})
-    with pytest.raises(Conflict, match="disabled"):
-        history.replay(db, webhook_id, start)
-    manager.update(webhook_id, {"enabled": True})
-    assert history.replay(db, webhook_id, start, dry_run=True) == 2
-    assert history.replay(db, webhook_id, start, everything=True, dry_run=True) == 3
-    assert history.replay(db, webhook_id, clock.now(), dry_run=True) == 0
-    assert deliveries.page(db, status="pending") == []
-    assert history.replay(db, webhook_id, start) == 2
-    assert len(deliveries.page(db, status="pending")) == 2
-    assert history.replay(db, webhook_id, start) == 0  # they are on their way
-    while attempt(db, 200):  # one at a time: the endpoint had failed
-        pass
-    assert history.replay(db, webhook_id, start, everything=True) == 3
-
-
-def test_a_replay_minds_the_team(db: Database, manager: WebhookManager) -> None:
-    start = clock.now()
-    manager.send_event("goal", {"home_team": "ne"})
-    manager.send_event("goal", {"home_team": "buf"})
-    manager.send_event("goal", {})
-    for team, missed in (("ne", 1), (None, 3)):
-        webhook_id = manager.register(URL, ["goal"], SECRET, team)
-        assert history.replay(db, webhook_id, start, dry_run=True) == missed
 
 
 def test_explain_says_for_each_webhook_why(db: Database, manager: WebhookManager) -> None:

@@ -15,7 +15,7 @@ import pytest
 from peewee import Database
 from standardwebhooks import Webhook as Oracle
 
-from hookline import WebhookManager, clock, deliveries, events, history, lanes, recovery, signing
+from hookline import WebhookManager, clock, deliveries, events, lanes, recovery, replays, signing
 from hookline.database import open_database
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -179,10 +179,12 @@ async def test_gone_disables_the_webhook_cancels_what_waits_and_tells_who_listen
     offered = manager.update(webhook_id, {"enabled": True})
     assert offered["replay"]["deliveries"] == 3
     async with working(db):
-        assert history.replay(db, webhook_id, offered["replay"]["since"]) == 3
+        replay = replays.start(db, webhook_id, offered["replay"]["since"])
         await until(lambda: len(receiver.at("/gone")) == 4)
         again = await until(ended(db, 4))
+        done = await until(lambda: replays.page(db, state="finished"))
     assert {one["status"] for one in again} == {"succeeded"}
+    assert (done[0]["replay_id"], done[0]["deliveries"]) == (replay["replay_id"], 3)
 
 
 async def test_a_webhook_that_fails_everything_for_too_long_is_disabled_and_starts_afresh_when_enabled(

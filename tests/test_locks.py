@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, history, lanes, policy, recovery
+from hookline import WebhookManager, clock, deliveries, events, history, lanes, policy, recovery, replays
 from hookline.database import open_database
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -32,6 +32,7 @@ from models import Delivery, Status, Subscription, stored_time
 from tests.conftest import SECRET, only_postgres
 from tests.databases import Place, execute, wait_for_a_waiter
 from tests.receiver import Receiver
+from tests.replaying import carry_out
 
 LONG_AGO = clock.now() - timedelta(days=1)
 IN_THE_PAST = f"'{stored_time(LONG_AGO)}'"
@@ -142,7 +143,8 @@ def test_strict_order_holds_while_another_delivery_is_asked_for_again(
     if again == "retry":
         deliveries.retry(db, first)
     else:
-        assert history.replay(db, webhook_id, LONG_AGO) == 1
+        replays.start(db, webhook_id, LONG_AGO)
+        assert carry_out(db) == 1
     assert claim(db) == []
     write_now(db, lanes.settle, db, [settled(job)], stored_time(LONG_AGO))
     assert [one.delivery_id for one in claim(db)] == [first]
@@ -197,16 +199,6 @@ async def test_what_is_committed_after_the_worker_has_stopped_is_left_to_others(
     await storage.stop()
     (one,) = deliveries.page(db)
     assert (one["status"], one["attempts"], one["waiting_for"]) == ("pending", 0, "its turn")
-
-
-@only_postgres
-def test_two_replays_at_once_make_each_delivery_once(db: Database, manager: WebhookManager, place: Place) -> None:
-    events.publish_all(db, [NewEvent("goal", {"n": number}) for number in range(500)])
-    webhook_id = manager.register("http://example.com/", ["goal"], SECRET)
-    with ThreadPoolExecutor(3) as threads:
-        made = list(threads.map(lambda _: write_now(db, history.replay, db, webhook_id, LONG_AGO), range(3)))
-    assert sum(made) == 500
-    assert len(deliveries.page(db, webhook_id=webhook_id, status="pending", limit=1000)) == 500
 
 
 CHANGES: dict[str, Callable[[Database, WebhookManager, Job], Any]] = {

@@ -15,6 +15,7 @@ from hookline.storage import write_now
 from models import stored_time
 from tests.conftest import SECRET, Server, manage
 from tests.databases import Place
+from tests.replaying import replayed
 
 URL = "http://example.com/"
 DISABLED = "hookline.webhook.disabled"
@@ -59,7 +60,7 @@ def test_a_replay_brings_a_customer_of_all_events_none_of_ours(
     manager.update(star, {"enabled": False})
     events.publish_all(db, [NewEvent("goal", {}), NewEvent("Hookline.webhook.disabled", {"webhook_id": star})])
     manager.update(star, {"enabled": True})
-    assert history.replay(db, star, since) == 2
+    assert replayed(db, star, since) == 2
     assert {one["event_type"] for one in deliveries.page(db, webhook_id=star)} == {"goal", "Hookline.webhook.disabled"}
 
 
@@ -68,7 +69,7 @@ def test_a_webhook_never_hears_of_itself_by_replay_neither(db: Database, manager
     of_itself = disabled_event(db, named)
     of_another = disabled_event(db, manager.register(URL, ["goal"], SECRET))
     manager.update(named, {"enabled": True})
-    assert history.replay(db, named, since) == 1
+    assert replayed(db, named, since) == 1
     assert [one["event_id"] for one in deliveries.page(db, webhook_id=named)] == [of_another]
     assert reasons(db, of_itself)[named] == "about this webhook"
 
@@ -80,7 +81,7 @@ def test_a_test_event_goes_to_its_webhook_and_to_nobody_by_replay(
     tested = manager.send_test(named)
     assert [one["webhook_id"] for one in deliveries.page(db, event_id=tested.event_id)] == [named]
     for webhook_id in (star, other):
-        assert history.replay(db, webhook_id, clock.now() - timedelta(minutes=1)) == 0
+        assert replayed(db, webhook_id, clock.now() - timedelta(minutes=1)) == 0
 
 
 def test_nobody_else_publishes_what_looks_like_ours(db: Database, manager: WebhookManager, named: str) -> None:

@@ -17,7 +17,7 @@ from peewee import Database
 from starlette.testclient import TestClient
 
 from app import create_app
-from hookline import WebhookManager, history
+from hookline import WebhookManager, history, missed
 from hookline.database import open_database
 from hookline.errors import Invalid, Unavailable
 from hookline.registration import MAX_URL, generate_secret
@@ -320,7 +320,7 @@ def test_a_test_event_of_an_ordinary_type_is_missed_by_nobody_else(manager: Webh
     began = manager.get(first)["created_at"]
     published = manager.send_test(first, "goal", {"n": 1})
     assert published.deliveries == 1
-    assert history.replay(manager.db, second, began, everything=True, dry_run=True) == 0
+    assert missed.count(manager.db, second, began, status="all")["deliveries"] == 0
     assert [row["reason"] for row in history.explain(manager.db, published.event_id)] == [
         "matched",
         "a test of another webhook",

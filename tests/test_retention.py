@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, history, retention
+from hookline import WebhookManager, clock, deliveries, events, history, replays, retention
 from hookline.database import open_database
 from hookline.errors import NotFound
 from hookline.events import NewEvent
@@ -154,23 +154,28 @@ def test_what_another_process_is_making_pending_is_neither_deleted_nor_waited_fo
 
 @only_postgres
 async def test_a_replay_of_an_event_that_is_being_purged_is_made_or_finds_it_gone(
-    place: Place, db: Database, webhooks: list[str], manager: WebhookManager
+    place: Place, db: Database, webhooks: list[str], manager: WebhookManager, at: Any
 ) -> None:
     """Its foreign key waits for the purge, and is refused: the replay is then made again, without the event."""
     events.publish_one(db, NewEvent("nobody", {}))
     manager.update(webhooks[0], {"events": ["nobody"]})
+    at(OLD + timedelta(hours=1))
+    replay_id = replays.start(db, webhooks[0], OLD - timedelta(days=1))["replay_id"]
     other = open_database(place.url)
     storage = storage_of(other)
     await storage.start()
     with db.connection_context(), db.atomic():
         ids, _ = retention.ended(db, CUTOFF)
         assert retention.purge(db, ids, CUTOFF).events == 1
-        replay = asyncio.ensure_future(storage.write(history.replay, other, webhooks[0], OLD - timedelta(days=1)))
+        step = replays.find(other, replay_id)
+        assert step is not None and len(step.window.missing) == 1
+        replay = asyncio.ensure_future(storage.write(replays.record, other, step))
         await asyncio.to_thread(wait_for_a_waiter, place.url)
         assert not replay.done()
-    assert await replay == 0
+    assert await replay
     await storage.stop()
     assert counts(db) == (0, 0, 0)
+    assert replays.get(db, replay_id)["deliveries"] == 0
 
 
 def test_looking_and_deleting_seek(db: Database, webhooks: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
 from functools import partial
 from ipaddress import ip_network
 from typing import Any, cast
@@ -14,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from hookline import deliveries, egress, events, history
-from hookline.errors import NotFound
+from hookline import deliveries, egress, events, history, missed, replays
+from hookline.errors import NotFound, Unavailable
 from hookline.registration import Registration, generate_secret, host_of
 from hookline.storage import Storage
 from hookline.webhooks import WebhookManager
@@ -135,8 +136,20 @@ async def get(request: Request) -> Response:
 async def update(request: Request) -> Response:
     changes = await parsed(request, schemas.WebhookChanges)
     webhook_id = request.path_params["webhook_id"]
-    found = await storage_of(request).write(manager_of(request).update, webhook_id, changes.given())
+    storage = storage_of(request)
+    found, began = await storage.write(manager_of(request).change, webhook_id, changes.given())
+    if began is not None:
+        found["replay"] = await missed_by(storage, webhook_id, began)
     return Json({**found, "warnings": warnings(request, found["url"], found["events"])})
+
+
+async def missed_by(storage: Storage, webhook_id: str, began: datetime) -> dict[str, Any]:
+    """What a replay would bring back, counted after the change is stored: so a failure is no failure of the change."""
+    try:
+        return await storage.scan(missed.since, storage.db, webhook_id, began)
+    except (NotFound, Unavailable) as exc:
+        log.warning("webhook %s: what it missed could not be counted: %s", webhook_id, exc)
+        return {"since": began, "deliveries": 0, "more": True}
 
 
 async def rotate_secret(request: Request) -> Response:
@@ -157,15 +170,38 @@ async def send_test(request: Request) -> Response:
     return Json(published._asdict(), 202)
 
 
+# Replays
+
+
 async def replay(request: Request) -> Response:
     wanted = await parsed(request, schemas.Replay)
     webhook_id, storage = request.path_params["webhook_id"], storage_of(request)
-    everything = wanted.status == "all"
-    arguments = (storage.db, webhook_id, wanted.since, wanted.until)
-    look = partial(history.replay, everything=everything, dry_run=wanted.dry_run)
-    count = await (storage.scan(look, *arguments) if wanted.dry_run else storage.write(look, *arguments))
-    shown = {"webhook_id": webhook_id, "deliveries": count, "dry_run": wanted.dry_run}
-    return Json(shown, 200 if wanted.dry_run else 202)
+    arguments = (storage.db, webhook_id, wanted.since, wanted.until, wanted.status)
+    if wanted.dry_run:
+        counted = await storage.scan(missed.count, *arguments)
+        return Json({"webhook_id": webhook_id, **counted, "dry_run": True})
+    started = await storage.write(replays.start, *arguments)
+    return Json(started, 202, {"Location": f"/api/v1/replays/{started['replay_id']}"})
+
+
+async def list_replays(request: Request) -> Response:
+    query = schemas.query_of(schemas.ReplayListing, request.query_params)
+    storage = storage_of(request)
+    look_up = partial(
+        replays.page, webhook_id=query.webhook_id, state=query.state, limit=query.limit + 1, before=query.cursor
+    )
+    return paged(await storage.scan(look_up, storage.db), query.limit, "replay_id")
+
+
+async def get_replay(request: Request) -> Response:
+    storage = storage_of(request)
+    return Json(await storage.read(replays.get, storage.db, request.path_params["replay_id"]))
+
+
+async def cancel_replay(request: Request) -> Response:
+    await parsed(request, schemas.NoFields, empty=b"{}")
+    storage = storage_of(request)
+    return Json(await storage.write(replays.cancel, storage.db, request.path_params["replay_id"]))
 
 
 # Events
@@ -281,6 +317,9 @@ routes: list[BaseRoute] = [  # the busiest first: they are tried in order
     route("/api/v1/webhooks/{webhook_id:webhook}/rotate-secret", POST=rotate_secret),
     route("/api/v1/webhooks/{webhook_id:webhook}/test", POST=send_test),
     route("/api/v1/webhooks/{webhook_id:webhook}/replay", POST=replay),
+    route("/api/v1/replays", GET=list_replays),
+    route("/api/v1/replays/{replay_id:id}", GET=get_replay),
+    route("/api/v1/replays/{replay_id:id}/cancel", POST=cancel_replay),
     route("/api/v1/events", GET=list_events, POST=publish),
     route("/api/v1/events/{event_id:id}", GET=get_event),
     route("/api/v1/events/{event_id:id}/explain", GET=explain),

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hookline import delivery, schema
+from hookline import deliveries, delivery, heartbeat, schema
 from hookline.errors import Conflict, HooklineError, Invalid, NotFound, TooLarge, Unavailable
 from web.protocol import ANSWER_HEADERS
 from web.schemas import Refused
@@ -29,18 +29,20 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 once requests can be served: the database answers, takes writes and is migrated, the worker beats."""
-    storage = request.app.state.storage
+    """200 once requests can be served: the database answers, takes writes and is migrated, a worker beats."""
+    storage, worker = request.app.state.storage, request.app.state.worker
     try:
         async with asyncio.timeout(ANSWER_WITHIN):
             await storage.read(schema.require_usable, storage.db)
+            elsewhere = await storage.read(heartbeat.problem, storage.db) if worker is None else None
+            oldest = await storage.read(deliveries.oldest_due, storage.db)
     except TimeoutError:
         return JSONResponse({"detail": f"the database does not answer within {ANSWER_WITHIN} s"}, 503)
     except (Conflict, Unavailable) as exc:
         return JSONResponse({"detail": str(exc)}, 503)
-    if (problem := delivery.problem(request.app.state.worker)) is not None:
+    if (problem := delivery.problem(worker) or elsewhere) is not None:
         return JSONResponse({"detail": problem}, 503)
-    return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "ready", "oldest_due_seconds": round(oldest, 3)})
 
 
 async def domain_error(request: Request, exc: Exception) -> Response:

@@ -248,6 +248,14 @@ class Listing(Page):
     cursor: Place | None = None
 
 
+class ReplayListing(Page):
+    """The query of `GET /api/v1/replays`."""
+
+    webhook_id: Text | None = None
+    state: Literal["running", "finished", "cancelled"] | None = None
+    cursor: Annotated[str, BeforeValidator(opened_text)] | None = None
+
+
 class EventListing(Page):
     """The query of `GET /api/v1/events`."""
 
