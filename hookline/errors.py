@@ -37,3 +37,15 @@ class TooLarge(HooklineError):
 
 class Unavailable(HooklineError):
     pass
+
+
+def visible(text: object) -> str:
+    """The text on one line, safe for a terminal or a log: what cannot be printed becomes an escape such as `\\x1b`.
+
+    That is control characters, line ends, bidirectional and zero-width marks, lone surrogates and unassigned code
+    points. Ordinary text, non-ASCII letters included, stays as it is.
+    """
+    plain = str(text)
+    if plain.isprintable():
+        return plain
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in plain)
