@@ -84,7 +84,8 @@ def worker_of(config: settings.Settings, storage: Storage) -> Worker:
         concurrency=config.worker_concurrency,
         retention=config.retention,
     )
-    client = Client(allowed=config.allowed_networks, timeout=config.delivery_timeout)
+    own = (config.host, config.port)
+    client = Client(allowed=config.allowed_networks, timeout=config.delivery_timeout, own=own)
     return Worker(storage, client, rules, config.max_payload)
 
 
