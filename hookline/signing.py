@@ -160,7 +160,7 @@ def rewritten(body: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def is_utf8(text: str) -> bool:
-    """Can it be encoded? Bytes that are no UTF-8 reach us as lone surrogates, from the environment and in headers."""
+    """Can it be encoded? Python gives bytes that are no UTF-8, of a header or a setting, as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
