@@ -6,7 +6,7 @@ import gc
 import logging
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,13 @@ from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.errors import HooklineError
 from hookline.failures import reason
+from hookline.logs import OneLine
 from hookline.policy import Rules
 from hookline.storage import Storage, storage_of
 from hookline.webhooks import WebhookManager
 from web import api, operations
 from web.access import Access
+from web.protocol import Protocol, Server, listen
 
 SHUTDOWN_TIMEOUT = 10  # seconds that open requests get
 
@@ -52,12 +54,14 @@ def create_app(config: settings.Settings) -> Starlette:
     app = Starlette(
         routes=[*api.routes, *operations.routes],
         middleware=[
+            Middleware(operations.AnswerHeaders),
             Middleware(Access, api_keys=config.api_keys, allow_anonymous=config.allow_anonymous),
             Middleware(operations.BodyLimit, max_body=config.max_body),
         ],
         exception_handlers=operations.exception_handlers,
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # a redirect has no body, and loses that of a POST
     app.state.storage = storage
     app.state.manager = WebhookManager(db=db)
     app.state.publish_all = partial(events.publish_all, db)
@@ -114,21 +118,41 @@ def quiet_gc() -> None:
     gc.set_threshold(10_000, 10, 50)
 
 
+def start_logging(level: str) -> None:
+    """Log to stderr: of ours what has this level, of others warnings. Peewee's debug lines hold secrets."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("hookline").setLevel(level.upper())
+
+
 def main() -> None:
     app, config = assembled()
     quiet_gc()
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    print(f"Hookline serves on http://{config.host}:{config.port}", flush=True)
-    uvicorn.run(
+    start_logging(config.log_level)
+    try:
+        sockets = listen(config.host, config.port)
+    except OSError as exc:
+        sys.exit(f"Hookline cannot start: {exc}")
+    if app.state.worker is not None:
+        app.state.worker.client.own = (config.host, sockets[0].getsockname()[1])  # PORT may be 0
+    serving = uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
+        http=Protocol,
+        ws="none",
         workers=1,
         log_level=config.log_level,
+        log_config=None,  # what strangers sent is in its lines, too: they are written as ours
         access_log=config.log_level == "debug",
+        proxy_headers=bool(config.trusted_proxies),
+        forwarded_allow_ips=[str(network) for network in config.trusted_proxies],  # not those of FORWARDED_ALLOW_IPS
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
     )
+    with suppress(KeyboardInterrupt):
+        Server(serving).run(sockets)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import functools
 import gc
 import getpass
 import json
-import logging
 import math
 import os
 import signal
@@ -30,7 +29,7 @@ from peewee import Database, PeeweeException
 
 import models
 import settings
-from hookline import clock, copying, events, notices, receiving, retention, schema, signing, transfer
+from hookline import clock, copying, events, imports, notices, receiving, retention, schema, signing, transfer
 from hookline.database import open_database, require_reachable
 from hookline.errors import HooklineError, Invalid, visible
 from hookline.failures import UNKNOWN, reason
@@ -56,7 +55,7 @@ def in_one_line() -> Iterator[None]:
     try:
         yield
     except click.ClickException as exc:
-        exc.message = visible(exc.message)
+        exc.message = visible(exc.message)  # type: ignore[misc]
         raise
     except OSError as exc:
         if exc.errno == errno.EPIPE:  # whoever read what we print has gone
@@ -70,21 +69,21 @@ def main() -> None:
     """Hookline's database, its worker, and tools for trying deliveries out."""
 
 
-def with_database(command: Callable[..., None]) -> Callable[..., None]:
+def with_database(command: Callable[..., None], create: bool = False) -> Callable[..., None]:
     """Give the command the database of DATABASE_URL."""
 
     @with_errors
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        db = opened(settings.load().database_url)
+        db = opened(settings.load().database_url, create)
         models.db.initialize(db)
         command(db, *args, **kwargs)
 
     return run
 
 
-def opened(url: str) -> Database:
-    db = open_database(url, long_work=True)
+def opened(url: str, create: bool = False) -> Database:
+    db = open_database(url, create=create, long_work=True)
     require_reachable(db)
     return db
 
@@ -124,7 +123,7 @@ def migrate() -> None:
 
 @migrate.command()
 @click.argument("target", required=False)
-@with_database
+@functools.partial(with_database, create=True)
 def up(db: Database, target: str | None) -> None:
     """Apply what is pending, through TARGET if given. Safe while the service runs."""
     names = schema.up(db, target)
@@ -175,11 +174,13 @@ def create(db: Database, name: str) -> None:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Print the report; write nothing, not even the backup.")
 @click.option("--skip-invalid", is_flag=True, help="Import the valid entries of a file that has invalid ones.")
+@click.option("--overwrite", is_flag=True, help="Where a field has changed both here and in FILE, take that of FILE.")
 @with_database
-def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool) -> None:
+def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool, overwrite: bool) -> None:
     """Import the replaced service's webhooks from FILE (its webhooks.json), after a backup beside it.
 
-    All or nothing, and safe to run again: entries that changed in the file are updated, the others left alone.
+    All or nothing, and safe to run again: what has changed in FILE since the last import is taken over, and what has
+    changed here is kept. A field that has changed on both sides is listed, and kept unless --overwrite.
     """
     schema.require_current(db)
     gc.disable()  # a short process that keeps all it reads: collecting it again and again is a third of the time
@@ -189,16 +190,19 @@ def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool) 
             file,
             dry_run=dry_run,
             skip_invalid=skip_invalid,
+            overwrite=overwrite,
             allowed=settings.load().allowed_networks,
             progress=progress,
         )
     show_problems(Invalid("", report.problems))
     show_problems(Invalid("", report.warnings))
+    show_problems(Invalid("", report.contested))
     if report.backup is not None:
-        click.echo(f"backup: {report.backup}")
+        click.echo(f"backup: {visible(report.backup)}")
+    conflicts = f", {report.conflicts} with conflicts" if report.conflicts else ""
     click.echo(
         f"{'would import' if dry_run else 'imported'}: {report.new} new, {report.updated} updated, "
-        f"{report.unchanged} unchanged, {report.invalid} invalid"
+        f"{report.unchanged} unchanged, {report.invalid} invalid{conflicts}"
     )
 
 
@@ -208,7 +212,7 @@ def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool) 
 def export_command(db: Database, file: Path) -> None:
     """Write all webhooks, secrets included, to FILE in the replaced service's form; FILE is replaced whole."""
     schema.require_current(db)
-    click.echo(f"exported: {transfer.export_file(db, file)} webhooks to {file}")
+    click.echo(f"exported: {transfer.export_file(db, file)} webhooks to {visible(file)}")
 
 
 @main.command("copy")
@@ -224,14 +228,15 @@ def copy_command(source_url: str, target_url: str, dry_run: bool, overwrite: boo
     run again.
     """
     if is_missing(source_url):
-        raise Invalid("there is no file at --from")
+        raise Invalid(f"there is no file at --from: {Path(source_url.removeprefix('sqlite:///')).absolute()}")
     source = opened(source_url)
-    target = None if dry_run and is_missing(target_url) else opened(target_url)
+    target = None if is_missing(target_url) else opened(target_url)
     rows, intent = copying.plan(source, target, overwrite)
-    if dry_run or target is None:
+    if dry_run:
         click.echo("\n".join(f"{name:15} {number:>12,} rows" for name, number in rows.items()))
         click.echo(f"would {intent}, and copy these")
         return
+    target = target or opened(target_url, create=True)
     click.echo(f"to do: {intent}, and copy {sum(rows.values()):,} rows")
     with progress_bar() as progress:
         compared = copying.copy(source, target, overwrite=overwrite, progress=progress)
@@ -248,11 +253,11 @@ def is_missing(url: str) -> bool:
 @with_errors
 def worker() -> None:
     """Deliver, until it is told to stop (SIGTERM, Ctrl-C). Any number of workers may share one database."""
-    from app import database_of, quiet_gc, worker_of  # only here: the web server is not needed otherwise
+    from app import database_of, quiet_gc, start_logging, worker_of  # only here: the web server is not needed otherwise
 
     config = settings.load()
     db = database_of(config)
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    start_logging(config.log_level)
 
     async def work() -> None:
         stopped = asyncio.Event()
@@ -366,12 +371,12 @@ def listen(port: int, status: int, secret: str) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[transfer.Progress]:
+def progress_bar() -> Iterator[imports.Progress]:
     """A bar on the terminal for each stage of a long file; nothing where there is no terminal."""
     bars: dict[str, Any] = {}
 
     def advance(what: str, done: int, total: int) -> None:
-        if total < transfer.BATCH:
+        if total < imports.BATCH:
             return
         if what not in bars:
             bars[what] = click.progressbar(length=total, label=what, file=sys.stderr)

@@ -13,6 +13,7 @@ from dotenv import dotenv_values
 SIZES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # seconds
 LONGEST = 36500 * 86400.0  # seconds, a century: dates end somewhere
+SHORTEST_KEY = 16  # characters of an API key
 MARGIN = 2  # seconds of a lease that settling a delivery may take
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 EPHEMERAL = {  # what each host sets in the environment of its processes
@@ -40,6 +41,7 @@ class Settings:
     port: int = 8005
     api_keys: tuple[str, ...] = ()
     allow_anonymous: bool = False
+    trusted_proxies: tuple[Network, ...] = ()
     allowed_networks: tuple[Network, ...] = ()
     run_worker: bool = True
     worker_concurrency: int = 256  # requests in flight
@@ -70,7 +72,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         port=_port(given.get("PORT", str(Settings.port))),
         api_keys=_api_keys(given.get("API_KEYS", "")),
         allow_anonymous=_boolean("ALLOW_ANONYMOUS", given.get("ALLOW_ANONYMOUS", "false")),
-        allowed_networks=_networks(given.get("ALLOWED_NETWORKS", "")),
+        trusted_proxies=_networks("TRUSTED_PROXIES", given.get("TRUSTED_PROXIES", "")),
+        allowed_networks=_networks("ALLOWED_NETWORKS", given.get("ALLOWED_NETWORKS", "")),
         run_worker=_boolean("RUN_WORKER", given.get("RUN_WORKER", "true")),
         worker_concurrency=_count("WORKER_CONCURRENCY", given.get("WORKER_CONCURRENCY", "256")),
         delivery_timeout=duration("DELIVERY_TIMEOUT", given.get("DELIVERY_TIMEOUT", "15s")),
@@ -135,7 +138,14 @@ def _port(text: str) -> int:
 
 
 def _api_keys(text: str) -> tuple[str, ...]:
-    return tuple(key.strip() for key in text.split(",") if key.strip())
+    keys = tuple(key.strip() for key in text.split(",") if key.strip())
+    if text and not keys:
+        raise BadSetting("API_KEYS is set, but has no key: leave it out, or name keys separated by commas")
+    for number, key in enumerate(keys, 1):
+        if not re.fullmatch(rf"[!-~]{{{SHORTEST_KEY},}}", key):  # the message never shows the key
+            wanted = f"{SHORTEST_KEY} or more printable ASCII characters without spaces"
+            raise BadSetting(f"API_KEYS must be keys separated by commas, each of {wanted}: key {number} is not")
+    return keys
 
 
 def _boolean(name: str, text: str) -> bool:
@@ -151,11 +161,11 @@ def _size(name: str, text: str) -> int:
     return int(match[1]) * SIZES[match[2]]
 
 
-def _networks(text: str) -> tuple[Network, ...]:
+def _networks(name: str, text: str) -> tuple[Network, ...]:
     try:
         return tuple(ipaddress.ip_network(part) for part in re.split(r"[\s,]+", text) if part)
     except ValueError as exc:
-        raise BadSetting(f"ALLOWED_NETWORKS must be networks like 192.168.0.0/16, separated by commas: {exc}") from exc
+        raise BadSetting(f"{name} must be networks like 192.168.0.0/16, separated by commas: {exc}") from exc
 
 
 def _count(name: str, text: str) -> int:

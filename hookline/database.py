@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from peewee import (
     Database,
@@ -25,14 +26,18 @@ from peewee import (
     OperationalError,
     PostgresqlDatabase,
     Psycopg3Adapter,
+    SqliteDatabase,
 )
-from playhouse.pool import MaxConnectionsExceeded, PoolConnection, PooledPostgresqlDatabase, PooledSqliteDatabase
+from playhouse.pool import MaxConnectionsExceeded, PoolConnection, PooledPostgresqlDatabase
 
+from hookline import forks
 from hookline.errors import Conflict, Invalid, Unavailable
 from hookline.failures import FAILURES, OF_OPERATORS, PASSING, error_name, is_lost, reason, sentence_for
+from hookline.files import create_private, is_open_to_others
 
 log = logging.getLogger("hookline")
 
+SQLITE_SCHEME = "sqlite:///"
 POSTGRES_SCHEMES = ("postgresql://", "postgres://")
 BUSY_TIMEOUT = 30  # seconds that a writer waits for another process, an import of a million webhooks included
 POOL_SIZE = 8  # connections of one process to PostgreSQL
@@ -66,25 +71,31 @@ SESSION = {  # what we rely on, whatever the server's, the database's and the ro
 
 
 def open_database(
-    url: str, *, pool_size: int = POOL_SIZE, long_work: bool = False, pragmas: Mapping[str, Any] | None = None
+    url: str,
+    *,
+    create: bool = False,
+    pool_size: int = POOL_SIZE,
+    long_work: bool = False,
+    pragmas: Mapping[str, Any] | None = None,
 ) -> Database:
     """The database at this URL, not yet connected.
 
     `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user:password@host:port/name?sslmode=require`.
-    `long_work`: for a command that may run long statements. Raises Invalid for any other URL, a folder that cannot be
-    made, or PostgreSQL without its driver; no message holds the URL, which may have a password.
+    `create`: make the file and its folder, for their owner alone, if there is none. `long_work`: for a command that may
+    run long statements. Raises Invalid for any other URL, a file or folder that cannot be made, or PostgreSQL without
+    its driver; no message holds the URL, which may have a password.
     """
     if url.startswith(POSTGRES_SCHEMES):
         return _open_postgres(url, pool_size, long_work)
-    if not url.startswith("sqlite:///") or url == "sqlite:///":
+    if not url.startswith(SQLITE_SCHEME) or url == SQLITE_SCHEME:
         raise Invalid("a database URL must be like sqlite:///data/webhooks.db or postgresql://user:password@host/name")
-    path = Path(url.removeprefix("sqlite:///"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise Invalid(f"the folder of the database, {path.parent}, cannot be made: {exc.strerror}") from exc
+    path = Path(url.removeprefix(SQLITE_SCHEME)).absolute()
+    if path.name == ":memory:":
+        raise Invalid("SQLite in memory would be another database for each connection: give the path of a file")
+    if create:
+        create_private(path)
     large = {"cache_size": LARGE_CACHE} if long_work else {}
-    db: Database = PooledSqliteDatabase(
+    db: Database = forks.SqlitePool(
         str(path),
         pragmas={**PRAGMAS, **large, **(pragmas or {})},
         timeout=BUSY_TIMEOUT,  # the pool's own: how long to wait for a free connection
@@ -94,6 +105,7 @@ def open_database(
         max_connections=64,
     )
     db.timeout = BUSY_TIMEOUT  # type: ignore[attr-defined]  # SQLite's: the pool keeps the argument above to itself
+    forks.follow(db)
     return db
 
 
@@ -120,7 +132,29 @@ def _open_postgres(url: str, pool_size: int, long_work: bool) -> Database:
         **parameters,
     )
     db.statement_timeout = 0 if long_work else STATEMENT_TIMEOUT  # type: ignore[attr-defined]
+    forks.follow(db)
     return db
+
+
+def adopt(db: Database) -> None:
+    """Take on a database that a caller opened: keep its connections from children, and check it, once.
+
+    Raises Invalid if it is SQLite that does not enforce foreign keys, Unavailable.
+    """
+    if db in _adopted:
+        return
+    if isinstance(db, SqliteDatabase) and not isinstance(db, forks.SqlitePool):
+        with connected(db):
+            if not db.execute_sql("PRAGMA foreign_keys").fetchone()[0]:
+                raise Invalid(
+                    "the database does not enforce foreign keys, so that deleting leaves rows behind: "
+                    "open it with pragmas={'foreign_keys': 1}"
+                )
+    forks.follow(db)
+    _adopted.add(db)
+
+
+_adopted: WeakSet[Database] = WeakSet()
 
 
 class Adapter(Psycopg3Adapter):
@@ -200,6 +234,8 @@ def require_reachable(db: Database) -> None:
     """Raises Unavailable or Invalid that says why it cannot be used: for those who start a program, not for HTTP."""
     if not db.is_closed():
         return
+    if not is_postgres(db) and not os.path.exists(db.database):
+        raise Unavailable(f"there is no database at {db.database}: run  python manage.py migrate up")
     try:
         db.connect()
     except (*FAILURES, DatabaseError) as exc:
@@ -212,10 +248,12 @@ def require_reachable(db: Database) -> None:
             raise Invalid(f"the database's encoding is {encoding}: make one with  ENCODING 'UTF8' TEMPLATE template0")
     finally:
         db.close()
+    if not is_postgres(db) and is_open_to_others(db.database):
+        log.warning("%s holds secrets, and other users can read it: run  chmod 600  on it", db.database)
 
 
 _thread = threading.local()  # `unit_of`: the database of which this thread runs a unit of work of ours
-
+forks.in_child(lambda: setattr(_thread, "unit_of", None))
 
 UNSTORABLE = "it has a NUL character or a lone surrogate, or is out of range"
 
@@ -230,6 +268,8 @@ class connected:  # a class, because it is on every path
         self.db = db
 
     def __enter__(self) -> None:
+        if forks.inherited:
+            require_own(self.db)
         self.opened = self.db.is_closed()
         if self.opened:
             try:
@@ -250,6 +290,12 @@ class connected:  # a class, because it is on every path
 
 class Unreachable(Unavailable):
     """No connection could be had: trying again at once would not help."""
+
+
+def require_own(db: Database) -> None:
+    """Raises Unreachable in a child of a fork that must not use this database: see forks.py."""
+    if forks.is_refused(db):
+        raise Unreachable(forks.REFUSED)
 
 
 class Unknown(Unavailable):

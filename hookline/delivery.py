@@ -19,7 +19,7 @@ from datetime import timedelta
 
 from peewee import Database
 
-from hookline import clock, events, lanes, policy, recovery, retention, signing
+from hookline import clock, events, lanes, orphans, policy, recovery, retention, signing
 from hookline.database import LOCK_TIMEOUT
 from hookline.egress import Client
 from hookline.errors import Unavailable
@@ -61,6 +61,7 @@ class Worker:
         self._problem = ""  # why the last look for deliveries failed
         self._next_sweep = 0.0  # of time.monotonic()
         self._sweeping: asyncio.Task[None] | None = None
+        self._orphans: orphans.Positions = {}
         self._rewind = False  # did the clock go back?
         self._offset = time.time() - time.monotonic()  # of the wall clock, to notice that it went back
 
@@ -226,6 +227,7 @@ class Worker:
                 if late:
                     await self.storage.write(recovery.open_lanes, self.db, late)
                     self._awake.set()
+            await orphans.sweep(self.storage, self._orphans)
         except Unavailable as exc:
             log.warning("leases that ran out are looked for later: %s", exc)
         except Exception:  # whatever it is, the next one comes

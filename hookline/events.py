@@ -21,8 +21,8 @@ from peewee import Database
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, notices, sql
-from hookline.database import in_unit, transaction
+from hookline import clock, forks, notices, sql
+from hookline.database import adopt, in_unit, transaction
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
 from hookline.failures import reason
 from hookline.registration import text_problem
@@ -33,11 +33,14 @@ log = logging.getLogger("hookline")
 EVENT_TYPE = re.compile(r"[!-~]([ -~]{0,198}[!-~])?")
 TEAM_FIELDS = ("home_team", "away_team", "team")
 MAX_KEY = 255  # characters of an idempotency key
+MAX_DEPTH = 64  # of arrays and objects in each other, in whatever is JSON
+TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that somebody is making
     "(SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
     f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
 )
 TEST_EVENT = "webhook.test"
+TEST_ID = "evt_test_"  # how the id of an event for one webhook alone begins: nobody else has missed it
 TEST_DATA = {"message": "A test event: it was asked for by hand, and means nothing."}
 
 
@@ -85,6 +88,13 @@ def outlet_of(db: Database) -> Outlet:
     return _outlets.get(db) or Outlet(wake=lambda wake: notices.send(db))
 
 
+@forks.in_child
+def _detach() -> None:
+    """The worker of a parent is not in its child: what a child publishes waits in its lane, for any worker."""
+    for db, outlet in list(_outlets.items()):
+        _outlets[db] = Outlet(outlet.max_payload, outlet.lease, wake=lambda wake, db=db: notices.send(db))  # type: ignore[misc]
+
+
 class NewEvent(NamedTuple):
     """What publishing takes. `only`: for this webhook, whatever it has subscribed to."""
 
@@ -125,6 +135,7 @@ def publish(event_type: str, data: Mapping[str, Any], idempotency_key: str | Non
     Inside the caller's own `with db.atomic():` the event commits or vanishes with the caller's rows. Raises Invalid,
     TooLarge, Conflict (the key was used with other content), Unavailable.
     """
+    adopt(models.db.obj)
     return publish_one(models.db.obj, NewEvent(event_type, data, idempotency_key))
 
 
@@ -146,7 +157,8 @@ def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Ex
     drafts: dict[int, Draft] = {}
     for place, new in enumerate(events):
         try:
-            drafts[place] = Draft(f"evt_{uuid7()}", new, payload_of(new, clock.legacy_time(now), outlet.max_payload))
+            payload = payload_of(new, clock.legacy_time(now), outlet.max_payload)
+            drafts[place] = Draft(f"{'evt_' if new.only is None else TEST_ID}{uuid7()}", new, payload)
             answers.append(None)
         except (Invalid, TooLarge) as exc:
             answers.append(exc)
@@ -167,19 +179,48 @@ def payload_of(new: NewEvent, timestamp: str | None, limit: int) -> str:
     """The body: the data, then `event_type` and `timestamp`, as compact ASCII JSON. Raises Invalid, TooLarge."""
     if not isinstance(new.event_type, str) or not EVENT_TYPE.fullmatch(new.event_type) or new.event_type == "*":
         raise Invalid("event_type must be 1 to 200 printable ASCII characters, and not *")
-    key = new.idempotency_key
-    if key is not None and not (1 <= len(key) <= MAX_KEY and key.isprintable() and key.isascii()):
+    if new.idempotency_key is not None and not is_key(new.idempotency_key):
         raise Invalid(f"idempotency_key must be 1 to {MAX_KEY} printable ASCII characters")
     if not isinstance(new.data, Mapping) or not all(isinstance(name, str) for name in new.data):
         raise Invalid("data must be an object")
     body = {**new.data, "event_type": new.event_type, "timestamp": timestamp}
     try:
         payload = json.dumps(body, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as exc:
+    except RecursionError as exc:
+        raise Invalid(f"data is {TOO_DEEP}") from exc
+    except (TypeError, ValueError) as exc:
         raise Invalid(f"data is not JSON: {exc}") from exc
     if len(payload) > limit:
         raise TooLarge(f"the payload has {len(payload)} bytes, more than MAX_PAYLOAD, {limit}")
+    if payload.count("{") + payload.count("[") > MAX_DEPTH and is_too_deep(body):
+        raise Invalid(f"data is {TOO_DEEP}")
+    if "\\ud" in payload and has_lone_surrogate(body):
+        raise Invalid("data must not contain lone surrogates")
     return payload
+
+
+def is_key(key: Any) -> bool:
+    return isinstance(key, str) and 1 <= len(key) <= MAX_KEY and key.isprintable() and key.isascii()
+
+
+def is_too_deep(value: Any) -> bool:
+    """Are there more than MAX_DEPTH arrays and objects in each other?"""
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
+        level = [child for child in inner if isinstance(child, dict | list | tuple)]
+        if not level:
+            return False
+    return True
+
+
+def has_lone_surrogate(value: Any) -> bool:
+    """Is there text in this JSON that is not Unicode, and that no answer could show?"""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def teams_of(data: Mapping[str, Any]) -> list[str]:
@@ -215,10 +256,18 @@ def _first_answer(db: Database, draft: Draft) -> Published | Exception:
         return Unavailable("the event of this idempotency key is being purged; nothing was stored, try again")
     event_id, event_type, payload, created_at = row
     again = payload_of(draft.new, clock.legacy_time(read_time(created_at)), 2**31)
-    if (event_type, payload) != (draft.new.event_type, again):
+    if event_type != draft.new.event_type or not is_same_json(payload, again):
         return Conflict("this idempotency key was used before, with other content")
     counted = f"SELECT count(*) FROM deliveries WHERE event_id = {db.param}"
     return Published(event_id, event_type, int(db.execute_sql(counted, (event_id,)).fetchone()[0]), duplicate=True)
+
+
+def is_same_json(one: str, other: str) -> bool:
+    """Do these hold the same, whatever the order of their keys? 1, 1.0 and true are three values."""
+    if one == other:
+        return True
+    first, second = (json.dumps(json.loads(text), sort_keys=True) for text in (one, other))
+    return first == second
 
 
 def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetime, since: float) -> Counter[str]:

@@ -9,6 +9,29 @@ from pathlib import Path
 from hookline.errors import Invalid
 
 
+def create_private(path: Path) -> None:
+    """An empty file that its owner alone may read, in a folder that its owner alone may enter; what exists stays.
+
+    SQLite gives its `-wal` and `-shm` the mode of the file. Raises Invalid.
+    """
+    try:
+        for folder in reversed([folder for folder in path.parents if not folder.exists()]):
+            folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as exc:
+        raise Invalid(f"the folder of the database, {path.parent}, cannot be made: {exc.strerror}") from exc
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return
+    except OSError as exc:
+        raise Invalid(f"{path} cannot be made: {exc.strerror}") from exc
+
+
+def is_open_to_others(path: str) -> bool:
+    """Can other users of this machine read or write the file, as far as its mode says?"""
+    return os.name == "posix" and bool(os.stat(path).st_mode & 0o066)
+
+
 def back_up(path: Path, content: bytes) -> Path:
     """A durable, byte-exact copy beside the file: `NAME.backup`, or `.backup.1` and on where an older one differs."""
     for number in range(10_000):
@@ -34,10 +57,17 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Raises Invalid if it cannot be written; readers see the old file or the new one, whole."""
-    temporary = write_temporary(path, content)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    """Raises Invalid if it cannot be written; readers see the old file or the new one, whole. A link stays one."""
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise Invalid(f"{path} cannot be written: it is not a file")  # but a device, such as /dev/full
+    temporary = write_temporary(target, content)
+    try:
+        os.replace(temporary, target)
+    except OSError as exc:
+        temporary.unlink()
+        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
+    sync_folder(target.parent)
 
 
 def write_temporary(path: Path, content: bytes) -> Path:

@@ -49,7 +49,8 @@ def get(db: Database, event_id: str) -> Row:
 def explain(db: Database, event_id: str, *, limit: int = 50, after: str = "") -> list[Row]:
     """For each webhook, by id: did it match the event, and if not, why. Raises NotFound, Unavailable.
 
-    Reasons: `matched`, `disabled`, `not subscribed`, `another team`, or `changed since` where it would match today.
+    Reasons: `matched`, `disabled`, `not subscribed`, `another team`, `a test of another webhook`, or `changed since`
+    where it would match today.
     """
     with connected(db):
         event = _event(db, event_id)
@@ -60,16 +61,18 @@ def explain(db: Database, event_id: str, *, limit: int = 50, after: str = "") ->
         made = Delivery.select(Delivery.webhook, Delivery.delivery_id, Delivery.status)
         made = made.where(Delivery.event == event_id, Delivery.webhook.in_(ids)).tuples().bind(db)
         found = {webhook_id: (delivery_id, status) for webhook_id, delivery_id, status in made.execute()}
-    return [_explained(webhook, event["event_type"], teams, found.get(webhook["webhook_id"])) for webhook in webhooks]
+    return [_explained(webhook, event, teams, found.get(webhook["webhook_id"])) for webhook in webhooks]
 
 
-def _explained(webhook: Row, event_type: str, teams: Sequence[str], made: tuple[int, str] | None) -> Row:
+def _explained(webhook: Row, event: Row, teams: Sequence[str], made: tuple[int, str] | None) -> Row:
     shown: Row = {"webhook_id": webhook["webhook_id"], "matched": made is not None, "reason": "matched"}
     if made is not None:
         return {**shown, "delivery_id": made[0], "status": made[1]}
-    if not webhook["enabled"]:
+    if event["event_id"].startswith(events.TEST_ID):
+        shown["reason"] = "a test of another webhook"
+    elif not webhook["enabled"]:
         shown["reason"] = "disabled"
-    elif not {event_type, "*"} & set(json.loads(webhook["events"])):
+    elif not {event["event_type"], "*"} & set(json.loads(webhook["events"])):
         shown["reason"] = "not subscribed"
     elif (webhook["team"] or "") not in teams:
         shown["reason"] = "another team"
@@ -128,6 +131,7 @@ def _missed(db: Database, webhook: Row, since: datetime, until: datetime | None)
     if "*" not in wanted:
         query = query.where(Event.event_type.in_(sorted(wanted)))
     query = query.where(Event.event_type != events.TEST_EVENT)
+    query = query.where(fn.SUBSTR(Event.event_id, 1, len(events.TEST_ID)) != events.TEST_ID)
     query = query.order_by(Event.created_at, Event.event_id).limit(PAYLOADS_AT_ONCE)
     team, found, rest = webhook["team"] or "", list[str](), query
     while True:

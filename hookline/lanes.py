@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from peewee import Database
 
 from hookline import clock, events, policy, sql
+from hookline.database import is_postgres
 from hookline.policy import Outcome, Result, Rules, Settlement
 from models import IN_ORDER, read_time, stored_time
 
@@ -90,7 +91,11 @@ def load(
         for event_id, event_type, payload, created_at in rows
     }
     none = (0, None, None)
-    return [Job._make((*row, *contents[row[2]], *(lanes[row[1]] if lanes else none))) for row in found]
+    return [
+        Job._make((*row, *contents[row[2]], *(lanes[row[1]] if lanes else none)))
+        for row in found
+        if row[2] in contents  # else the sweep removes it: see orphans.py
+    ]
 
 
 @lru_cache(maxsize=8)
@@ -107,10 +112,12 @@ def load_sql(db: Database) -> str:
 
 def next_due(db: Database, busy: Sequence[str]) -> datetime | None:
     """When the next lane is due, those of the busy webhooks aside; None without lanes."""
-    statement = f"SELECT min(due_at) FROM lanes WHERE webhook_id NOT IN (SELECT id FROM {sql.rows(db, 'id')})"
-    if not busy:
-        return read_time(db.execute_sql("SELECT min(due_at) FROM lanes").fetchone()[0])
-    return read_time(db.execute_sql(statement, (sql.ids(busy),)).fetchone()[0])
+    others = f"webhook_id NOT IN (SELECT id FROM {sql.rows(db, 'id')})" if busy else "TRUE"
+    if not is_postgres(db):  # which may have lanes of nobody, until the sweep removes them
+        others += " AND EXISTS (SELECT 1 FROM webhooks w WHERE w.webhook_id = lanes.webhook_id)"
+    statement = f"SELECT due_at FROM lanes WHERE {others} ORDER BY due_at LIMIT 1"
+    row = db.execute_sql(statement, (sql.ids(busy),) if busy else ()).fetchone()
+    return read_time(row[0]) if row else None
 
 
 def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], busy: Sequence[str]) -> list[Job]:

@@ -1,14 +1,15 @@
 """The schema's history: a thin wrapper of Peewee's own migration runner (`playhouse.migrations`).
 
-It opens the connection, lets one process migrate at a time, and checks the foreign keys afterwards, all of which the
-runner leaves to its caller.
+It opens the connection, lets one process migrate at a time, makes a run over several migrations one transaction, and
+checks the foreign keys at its end, all of which the runner leaves to its caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from peewee import Database
 from playhouse.migrations import Runner
@@ -53,16 +54,19 @@ def require_usable(db: Database) -> None:
 
 
 def up(db: Database, target: str | None = None, directory: Path = DIRECTORY) -> list[str]:
-    """Apply what is pending, each migration in its own transaction; returns the names applied.
+    """Apply what is pending, through `target` if given, all or nothing; returns the names applied.
 
-    Raises Invalid if one fails: it is rolled back, those before it stay.
+    Raises Invalid if one fails.
     """
-    return _run(db, directory, target, lambda runner: runner.up(target))
+    return _run(db, directory, target, "up")
 
 
 def down(db: Database, target: str | None = None, directory: Path = DIRECTORY) -> list[str]:
-    """Revert the newest migration, or all back through `target`; returns the names reverted. Raises Invalid."""
-    return _run(db, directory, target, lambda runner: runner.down(target))
+    """Revert the newest migration, or all back through `target`, all or nothing; returns the names reverted.
+
+    Raises Invalid if one fails.
+    """
+    return _run(db, directory, target, "down")
 
 
 def create(db: Database, name: str, directory: Path = DIRECTORY) -> Path:
@@ -77,32 +81,36 @@ def diff(db: Database) -> str:
     return str(found) if found else ""
 
 
-def _run(db: Database, directory: Path, target: str | None, action: Callable[[Runner], list[str]]) -> list[str]:
+def _run(db: Database, directory: Path, target: str | None, direction: Literal["up", "down"]) -> list[str]:
     runner = Runner(db, str(directory))
     if target is not None and not (directory / f"{target}.py").exists():
         raise Invalid(f"there is no migration {target}: see  python manage.py migrate status")
     with connected(db), alone(db, ADVISORY_LOCK):
+        if not any(bool(migration.applied) == (direction == "down") for migration in runner.status()):
+            return []  # without a transaction, which might wait for another's
         try:
-            names = action(runner)
+            # The runner's own contexts become savepoints in this one; on SQLite foreign keys are off all the while.
+            with runner.migrator.migration_context():
+                broken = _broken_references(db)
+                names: list[str] = runner.up(target) if direction == "up" else runner.down(target)
+                _refuse_more(_broken_references(db) - broken)
         except HooklineError:
             raise
         except Exception as exc:  # a script may raise anything
-            _forget_empty_history(runner)
             held = ": something else uses these tables, try again" if error_name(exc) == LOCKED else ""
-            raise Invalid(f"migration failed, and was rolled back: {reason(exc)}{held}") from exc
-        _check_foreign_keys(db)
+            raise Invalid(f"migration failed, and everything was rolled back: {reason(exc)}{held}") from exc
     return names
 
 
-def _forget_empty_history(runner: Runner) -> None:
-    """A first migration that failed leaves nothing behind, not even the runner's table."""
-    if runner.History.table_exists() and not runner.applied():
-        runner.History.drop_table()
-
-
-def _check_foreign_keys(db: Database) -> None:
+def _broken_references(db: Database) -> Counter[str]:
+    """How many rows of each table point at rows that are gone."""
     if is_postgres(db):  # it never lets them break
-        return
-    broken = db.execute_sql("PRAGMA foreign_key_check").fetchall()
+        return Counter()
+    return Counter(table for table, *_ in db.execute_sql("PRAGMA foreign_key_check").fetchall())
+
+
+def _refuse_more(broken: Counter[str]) -> None:
     if broken:
-        raise Invalid(f"{len(broken)} rows point at rows that are gone, the first in the table {broken[0][0]}")
+        first = min(broken)
+        why = f"{broken.total()} rows would point at rows that are gone, the first in the table {first}"
+        raise Invalid(f"migration failed, and everything was rolled back: {why}")

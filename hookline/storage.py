@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 import anyio.to_thread
 from peewee import Database
 
-from hookline import notices, sql
-from hookline.database import POOL_SIZE, Unknown, Unreachable, connected, is_postgres, unit
+from hookline import forks, notices, sql
+from hookline.database import POOL_SIZE, Unknown, Unreachable, connected, is_postgres, require_own, unit
 from hookline.errors import Unavailable
 from hookline.failures import LOCKED, PASSING, error_name, is_lost, sentence_for
 from hookline.notices import Notices
@@ -34,6 +34,7 @@ GROUP_LIMIT = 500  # writes in one commit
 PAUSE = 0.02  # seconds between tries, at most
 TRIES = 3  # of a write that something passing was in the way of, on PostgreSQL
 STOPPING = "the service is stopping; nothing was stored"
+FORKED = "this process was forked from the one that runs the storage: start one here; nothing was stored"
 
 
 def read_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
@@ -69,6 +70,12 @@ class Storage:
 
     def __init__(self, db: Database) -> None:
         self.db = db
+        self._why_refused = STOPPING
+        forks.follow_state(self)
+
+    def forked(self) -> None:
+        """In a child of a fork: our threads are the parent's, so nothing is taken any more."""
+        self._why_refused = FORKED
 
     async def start(self) -> None:
         raise NotImplementedError
@@ -125,7 +132,12 @@ class SqliteStorage(Storage):
         self._jobs: SimpleQueue[list[Job] | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
 
+    def forked(self) -> None:
+        super().forked()
+        self._writer = None
+
     async def start(self) -> None:
+        require_own(self.db)
         self._loop = asyncio.get_running_loop()
         self.db.connect(reuse_if_open=True)  # the loop's own, for reads: they never span an await or a transaction
         self._writer = threading.Thread(target=self._write_groups, name="hookline-writer", daemon=True)
@@ -156,7 +168,7 @@ class SqliteStorage(Storage):
 
     def _enqueue(self, fn: Callable[..., Any], args: tuple[Any, ...], together: bool) -> asyncio.Future[Any]:
         if self._writer is None:
-            raise Unavailable(STOPPING)
+            raise Unavailable(self._why_refused)
         if not self._waiting:  # the writer gets all writes of this turn of the loop at once
             self._loop.call_soon(self._hand_over)
         future = self._loop.create_future()
@@ -237,6 +249,10 @@ class PostgresStorage(Storage):
         self._refusing = True
         self._notices = Notices(db, self._notify_now)
 
+    def forked(self) -> None:
+        super().forked()
+        self._refusing = True
+
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(self._pool_size, "hookline-postgres")
@@ -286,7 +302,7 @@ class PostgresStorage(Storage):
 
     def _require_open(self) -> None:
         if self._refusing:
-            raise Unavailable(STOPPING)
+            raise Unavailable(self._why_refused)
 
     def _in_thread(self, fn: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         return self._loop.run_in_executor(self._threads, fn, *args)

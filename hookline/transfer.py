@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from peewee import Database
 
-from hookline import clock
+from hookline import clock, imports
 from hookline.database import connected, transaction
 from hookline.egress import Network, literal_refusal
 from hookline.errors import Invalid
 from hookline.failures import in_peewees_words
 from hookline.files import back_up, replace_file
-from hookline.registration import MAX_NAME, check_text
+from hookline.imports import BATCH, Progress, Row
+from hookline.registration import MAX_NAME, text_problem, url_shape_problem
 from models import read_time, stored_time
 
 FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()  # noqa: SIM905
@@ -36,22 +36,12 @@ OLD_NAMES = {
     "success_count": "total_calls",
     "failure_count": "failed_calls",
 }
-DEFAULTS = {
-    "team": None,
-    "total_calls": 0,
-    "failed_calls": 0,
-    "last_success": None,
-    "last_failure": None,
-    "enabled": True,
-}
-HTTP_URL = re.compile(r"https?://[^\s/?#\\]+[^\s]*", re.IGNORECASE)
+AS_STORED = re.compile(  # but for the Z: so the replaced service wrote it
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-9]{2}:[0-9]{2}\.[0-9]{6}"
+)
 TIMES = ("created_at", "last_success", "last_failure")
 COUNTS = ("total_calls", "failed_calls")
-BATCH = 2000
 MAX_COUNT = 2**63 - 1
-
-Progress = Callable[[str, int, int], None]  # what is done, how many of how many
-Row = dict[str, Any]
 
 
 @dataclass
@@ -62,9 +52,11 @@ class Report:
     updated: int = 0
     unchanged: int = 0
     invalid: int = 0
+    conflicts: int = 0  # those of them with a field that both sides have changed
     backup: Path | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    contested: list[str] = field(default_factory=list)  # each such field, and whose value is kept
 
 
 class Duplicated(dict[str, Any]):
@@ -79,10 +71,14 @@ def import_file(
     *,
     dry_run: bool = False,
     skip_invalid: bool = False,
+    overwrite: bool = False,
     allowed: Sequence[Network] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Store every webhook of the file, after a backup of it, in one transaction.
+
+    Of a webhook that is here already only what has changed in the file since the last import is taken over. What has
+    changed on both sides is reported; our value is kept, or the file's taken with `overwrite`.
 
     Raises Invalid, with every problem, if something in the file is wrong (unless `skip_invalid`, which leaves those
     entries out; a file that is not JSON of either form is refused all the same). Raises Unavailable. Either changes
@@ -95,13 +91,24 @@ def import_file(
     report.warnings = refusals(rows, allowed)
     with connected(db):
         if dry_run:
-            compare(rows, stored(db), report)
+            tell(imports.plan(db, rows, overwrite=overwrite), overwrite, report)
             return report
         report.backup = back_up(path, content)
         with transaction(db), in_peewees_words:
-            new, updated = compare(rows, stored(db), report)
-            write(db, new, updated, progress or silent)
+            plan = imports.plan(db, rows, overwrite=overwrite, lock=True)
+            imports.write(db, plan, progress or silent)
+    tell(plan, overwrite, report)
     return report
+
+
+def tell(plan: imports.Plan, overwrite: bool, report: Report) -> None:
+    """Add to the report what a plan does. No value is told: one may be a secret."""
+    report.new, report.updated, report.unchanged = len(plan.new), len(plan.updated), plan.unchanged
+    report.conflicts = len({contested.webhook_id for contested in plan.contested})
+    outcome = "the file's value is taken" if overwrite else "our value is kept"
+    for webhook_id, name, imported in plan.contested:
+        why = "changed both here and in the file" if imported else "differs from ours, and no import has noted it yet"
+        report.contested.append(f"{webhook_id}: {name}: {why}: {outcome}")
 
 
 def refusals(rows: Iterable[Row], allowed: Sequence[Network]) -> list[str]:
@@ -129,6 +136,8 @@ def export_file(db: Database, path: Path, progress: Progress | None = None) -> i
 
 
 def read_bytes(path: Path) -> bytes:
+    if path.is_char_device():
+        raise Invalid(f"{path} cannot be read: it is not a file")  # and may have no end, such as /dev/zero
     try:
         return path.read_bytes()
     except OSError as exc:
@@ -239,8 +248,8 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
     events: Any = entry.get("events")
     secret: Any = entry.get("secret")
     team: Any = entry.get("team")
-    if not isinstance(url, str) or not HTTP_URL.fullmatch(url):
-        problems.append("url: " + ("not an http or https URL" if "url" in entry else "missing"))
+    if (problem := url_shape_problem(url)) is not None:
+        problems.append("url: " + (problem if "url" in entry else "missing"))
     if not isinstance(events, list) or not all([isinstance(event, str) for event in events]):
         problems.append("events: " + ("not a list of strings" if "events" in entry else "missing"))
     elif events and max(map(len, events)) > MAX_NAME:
@@ -253,7 +262,7 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
         problems.append(f"team: more than {MAX_NAME} characters")
     if problems:
         return {}
-    texts = {"url": url, "secret": secret, "team": team or "", "events": "".join(events)}
+    texts = {"secret": secret, "team": team or "", "events": "".join(events)}
     together = "".join(texts.values())
     if not together.isascii() or "\0" in together:
         for name, text in texts.items():
@@ -270,11 +279,8 @@ def read_entry(entry: Any, problems: list[str]) -> Row:
 
 
 def text_problems(name: str, text: str) -> list[str]:
-    try:
-        check_text(name, text)
-    except Invalid as exc:
-        return [str(exc)]
-    return []
+    problem = text_problem(text)
+    return [] if problem is None else [f"{name} {problem}"]
 
 
 def time_of(value: Any, name: str, problems: list[str]) -> str | None:
@@ -282,7 +288,7 @@ def time_of(value: Any, name: str, problems: list[str]) -> str | None:
         return None
     try:
         moment = datetime.fromisoformat(value)
-        if len(value) == 26 and value[10] == "T" and moment.tzinfo is None:  # as the replaced service wrote it
+        if AS_STORED.fullmatch(value):
             return str(value) + "Z"
         return stored_time(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)
     except (TypeError, ValueError, OverflowError):
@@ -315,77 +321,11 @@ def events_text(events: tuple[str, ...]) -> str:
     return json.dumps(events)
 
 
-def compare(rows: Iterable[Row], stored_rows: Mapping[str, Row], report: Report) -> tuple[list[Row], list[Row]]:
-    """Which rows are new and which differ from what is stored; counts them in the report."""
-    new, updated = [], []
-    for row in rows:
-        before = stored_rows.get(row["webhook_id"])
-        if before is None:
-            row.setdefault("created_at", row["imported_at"])
-            for name, value in DEFAULTS.items():
-                row.setdefault(name, value)
-            new.append(row)
-        elif any(row.get(name, before[name]) != before[name] for name in FIELDS):
-            updated.append({**before, **row})
-        else:
-            report.unchanged += 1
-    report.new, report.updated = len(new), len(updated)
-    return new, updated
-
-
-def stored(db: Database) -> dict[str, Row]:
-    return {row["webhook_id"]: row for row in everything(db)}
-
-
 def everything(db: Database) -> Iterator[Row]:
     columns = ("webhook_id", *FIELDS)
     cursor = db.execute_sql(f"SELECT {', '.join(columns)} FROM webhooks ORDER BY created_at, webhook_id")
     for row in cursor.fetchall():
-        found = dict(zip(columns, row, strict=True))
-        for name in TIMES:
-            moment = read_time(found[name])
-            found[name] = moment and stored_time(moment)
-        yield found
-
-
-def write(db: Database, new: list[Row], updated: list[Row], progress: Progress) -> None:
-    """Insert and update, in batches of one statement kind; subscriptions in the order of their primary key."""
-    columns = ("webhook_id", *FIELDS, "updated_at")
-    slots = ", ".join([db.param] * len(columns))
-    insert = f"INSERT INTO webhooks ({', '.join(columns)}) VALUES ({slots})"
-    change = ", ".join(f"{name} = {db.param}" for name in columns[1:])
-    update = f"UPDATE webhooks SET {change} WHERE webhook_id = {db.param}"
-    cursor = db.cursor()
-    updated.sort(key=itemgetter("webhook_id"))  # as settling locks them, so that they do not wait for each other
-    total, done = len(new) + len(updated), 0
-    for batch in batches(new):
-        cursor.executemany(insert, [values_of(row) for row in batch])
-        progress("written", done := done + len(batch), total)
-    for batch in batches(updated):
-        cursor.executemany(update, [(*values_of(row)[1:], row["webhook_id"]) for row in batch])
-        cursor.executemany(
-            f"DELETE FROM subscriptions WHERE webhook_id = {db.param}", [(row["webhook_id"],) for row in batch]
-        )
-        progress("written", done := done + len(batch), total)
-    subscribe = f"INSERT INTO subscriptions (event_type, team, webhook_id) VALUES ({db.param}, {db.param}, {db.param})"
-    cursor.executemany(subscribe, subscriptions_of([*new, *updated]))
-
-
-def values_of(row: Row) -> tuple[Any, ...]:
-    return (row["webhook_id"], *[row[name] for name in FIELDS], row["imported_at"])
-
-
-def subscriptions_of(rows: Iterable[Row]) -> Iterator[tuple[str, str, str]]:
-    """In the order of their webhooks: both indexes then grow at their ends."""
-    for row in sorted(rows, key=itemgetter("webhook_id")):
-        team, webhook_id = row["team"] or "", row["webhook_id"]
-        for event in dict.fromkeys(row["event_types"]):
-            yield event, team, webhook_id
-
-
-def batches(rows: list[Row]) -> Iterator[list[Row]]:
-    for start in range(0, len(rows), BATCH):
-        yield rows[start : start + BATCH]
+        yield dict(zip(columns, row, strict=True))
 
 
 def exported(row: Row) -> dict[str, Any]:

@@ -7,6 +7,7 @@ called inside a transaction it is a savepoint of it. The service calls the same 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -17,16 +18,18 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, history, schema, sql
-from hookline.database import connected, open_database, transaction
+from hookline import clock, events, forks, history, schema, sql
+from hookline.database import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.errors import Conflict, NotFound
 from hookline.events import NewEvent, Published
 from hookline.policy import Rules
-from hookline.registration import Registration, check, check_rate, check_secret
+from hookline.registration import MIN_SECRET, Registration, check, check_changes, check_rotation
 from hookline.storage import storage_of
 from models import Subscription, Webhook, read_time, stored_time
+
+log = logging.getLogger("hookline")
 
 MASK = "***"
 WAITING = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
@@ -71,9 +74,10 @@ Rows = list[dict[str, Any]]
 class WebhookManager:
     """The registrations in one database.
 
-    `WebhookManager("data/webhooks.db")` opens that file and brings its schema up to date, creating it if need be.
-    The service passes its own `db`, which it has migrated by hand. `allowed_networks`: where `startup()` may deliver
-    besides public addresses, such as `["192.168.0.0/16"]`.
+    `WebhookManager("data/webhooks.db")` opens that file and brings its schema up to date, creating it if need be; so
+    does the URL of a database, such as `postgresql://user:password@host/name`. The service passes its own `db`, which
+    it has migrated by hand. `allowed_networks`: where `startup()` may deliver besides public addresses, such as
+    `["192.168.0.0/16"]`. Raises Invalid, also if `db` is SQLite that does not enforce foreign keys, and Unavailable.
     """
 
     def __init__(
@@ -86,11 +90,14 @@ class WebhookManager:
         self._allowed = [ip_network(network) for network in allowed_networks]
         self._worker: Worker | None = None
         self._owns_database = db is None
-        self.db = db if db is not None else open_database(f"sqlite:///{os.fspath(db_path)}")
+        self.db = db if db is not None else open_database(url_of(db_path), create=True)
         if self._owns_database:
             if models.db.obj is None:
                 models.db.initialize(self.db)
             schema.up(self.db)
+        else:
+            adopt(self.db)
+        forks.follow_state(self)
         self._insert = (
             f"INSERT INTO webhooks ({', '.join(REGISTER_COLUMNS)}, enabled, total_calls, failed_calls) "
             f"SELECT {', '.join(REGISTER_COLUMNS)}, TRUE, 0, 0 FROM {sql.rows(self.db, *REGISTER_TYPES)}"
@@ -101,6 +108,10 @@ class WebhookManager:
         )
         self._select = f"SELECT {', '.join(SHOWN_COLUMNS)} FROM webhooks WHERE webhook_id = {self.db.param}"
         self._delete = f"DELETE FROM webhooks WHERE webhook_id = {self.db.param}"
+
+    def forked(self) -> None:
+        """In a child of a fork: the worker is the parent's; `startup()` starts one here."""
+        self._worker = None
 
     async def startup(self) -> None:
         """Deliver from now on, if this object opened its database: else the service does."""
@@ -129,23 +140,36 @@ class WebhookManager:
         description: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> str:
-        """Store a webhook; returns its new id. Raises Invalid, Unavailable."""
+        """Store a webhook; returns its new id. Raises Invalid, Unavailable.
+
+        A secret of fewer than 16 characters is taken, with a warning in the log, as the replaced manager took it.
+        """
         return self.register_all([Registration(url, events, secret, team, description, headers)])[0]
 
     def register_all(self, registrations: Sequence[Registration]) -> list[str]:
         """Store these webhooks, all or none; returns their new ids, in order. Raises Invalid, Unavailable."""
+        return [str(row[0]) for row in self._store(registrations)]
+
+    def create_all(self, registrations: Sequence[Registration]) -> Rows:
+        """The same; returns the new webhooks as `get` would, without reading them again."""
+        return [shown(new_row(row)) for row in self._store(registrations)]
+
+    def _store(self, registrations: Sequence[Registration]) -> Sequence[Sequence[str | None]]:
+        """The new rows, of REGISTER_COLUMNS."""
         for new in registrations:
-            check(new.url, new.events, new.secret, new.team, new.description)
+            check(new._asdict())
         now = stored_time(clock.now())
         ids = [str(uuid7()) for _ in registrations]  # ordered by time: new rows share pages, so commits are small
-        webhooks = sql.parameter(inserted(id_, new, now) for id_, new in zip(ids, registrations, strict=True))
+        webhooks = [inserted(id_, new, now) for id_, new in zip(ids, registrations, strict=True)]
         wanted = [
             row for id_, new in zip(ids, registrations, strict=True) for row in subscriptions(id_, new.events, new.team)
         ]
         with transaction(self.db):
-            self.db.execute_sql(self._insert, (webhooks,))
+            self.db.execute_sql(self._insert, (sql.parameter(webhooks),))
             self.db.execute_sql(self._subscribe, (sql.parameter(wanted),))
-        return ids
+        for id_, new in zip(ids, registrations, strict=True):
+            warn_of_short(id_, new.secret)
+        return webhooks
 
     def unregister(self, webhook_id: str) -> bool:
         """Delete a webhook and all that hangs on it; False if there is none of that id. Raises Unavailable."""
@@ -202,15 +226,14 @@ class WebhookManager:
         rate_limit (deliveries per second), ordered. Enabling it again clears its failures, and the answer has a
         `replay`: since when it missed deliveries, and how many a replay would bring back.
         """
+        check_changes(changes)
         with transaction(self.db):
             sql.lock_webhooks(self.db, [webhook_id])
             before = self.get(webhook_id)
             after = {**before, **changes}
-            check(after["url"], after["events"], None, after["team"], after["description"])
-            check_rate(changes.get("rate_limit"))
             values = {name: encoded(name, value) for name, value in changes.items()}
             again = changes.get("enabled") is True and not before["enabled"]
-            if changes.get("enabled") is not None and changes["enabled"] != before["enabled"]:
+            if changes.get("enabled", before["enabled"]) != before["enabled"]:
                 values |= self._switched(webhook_id, changes["enabled"])
             values["updated_at"] = clock.now()
             missed_since = self._missing_since(webhook_id) if again else None
@@ -246,19 +269,26 @@ class WebhookManager:
         """
         return events.publish_one(self.db, NewEvent(event_type, event_data))
 
-    def send_test(self, webhook_id: str) -> Published:
-        """An event for this webhook alone, whatever it has subscribed to. Raises NotFound, Conflict, Unavailable."""
+    def send_test(
+        self, webhook_id: str, event_type: str | None = None, data: Mapping[str, Any] | None = None
+    ) -> Published:
+        """An event for this webhook alone, whatever it has subscribed to: of type `webhook.test` unless given.
+
+        Raises NotFound, Conflict (it is disabled), Invalid, TooLarge, Unavailable.
+        """
+        kind = events.TEST_EVENT if event_type is None else event_type
+        new = NewEvent(kind, events.TEST_DATA if data is None else data, only=webhook_id)
         with transaction(self.db):
             if not self.get(webhook_id)["enabled"]:
                 raise Conflict("the webhook is disabled: enable it first")
-            return events.publish_one(self.db, NewEvent(events.TEST_EVENT, events.TEST_DATA, only=webhook_id))
+            return events.publish_one(self.db, new)
 
     def rotate(self, webhook_id: str, secret: str, overlap_seconds: int) -> datetime | None:
         """Replace the secret; the old one keeps signing beside it for `overlap_seconds`.
 
         Returns when the old one expires, None if it is gone at once. Raises NotFound, Invalid, Unavailable.
         """
-        check_secret(secret)
+        check_rotation(secret, overlap_seconds)
         now = clock.now()
         expires = now + timedelta(seconds=overlap_seconds) if overlap_seconds else None
         with transaction(self.db):
@@ -274,6 +304,7 @@ class WebhookManager:
             )
             if not changed:
                 raise NotFound("Webhook not found")
+        warn_of_short(webhook_id, secret)
         return expires
 
     def _everything(self) -> Iterator[dict[str, Any]]:
@@ -281,6 +312,12 @@ class WebhookManager:
         query = query.order_by(Webhook.created_at, Webhook.webhook_id).tuples().bind(self.db)
         with connected(self.db):
             yield from map(shown, self.db.execute_sql(*query.sql()).fetchall())
+
+
+def url_of(place: str | os.PathLike[str]) -> str:
+    """The URL of a database, given as such or as the path of an SQLite file."""
+    text = os.fspath(place)
+    return text if text.startswith((*POSTGRES_SCHEMES, SQLITE_SCHEME)) else SQLITE_SCHEME + text
 
 
 class Registrations(Mapping[str, dict[str, Any]]):
@@ -305,11 +342,22 @@ class Registrations(Mapping[str, dict[str, Any]]):
             return int(Webhook.select().count(self._manager.db))
 
 
+def warn_of_short(webhook_id: str, secret: str) -> None:
+    if len(secret) < MIN_SECRET:
+        log.warning("webhook %s: its secret has fewer than %s characters and may be guessed", webhook_id, MIN_SECRET)
+
+
 def inserted(webhook_id: str, new: Registration, now: str) -> tuple[str | None, ...]:
     """The row of REGISTER_COLUMNS."""
     events = json.dumps(list(new.events))
     headers = json.dumps(dict(new.headers)) if new.headers else None
     return (webhook_id, new.url, events, new.secret, new.team, now, now, new.description, headers)
+
+
+def new_row(inserted: Sequence[str | None]) -> list[Any]:
+    """A row of SHOWN_COLUMNS, as it is right after its insertion."""
+    row = {**dict(zip(REGISTER_COLUMNS, inserted, strict=True)), "enabled": True, "total_calls": 0, "failed_calls": 0}
+    return [row.get(name) for name in SHOWN_COLUMNS]
 
 
 def subscriptions(webhook_id: str, events: Iterable[str], team: str | None) -> list[tuple[str, str, str]]:
@@ -326,7 +374,9 @@ def wants(event: str) -> Any:
 
 
 def encoded(name: str, value: Any) -> Any:
-    return json.dumps(value) if name in ("events", "headers", "retry_schedule") and value is not None else value
+    if value is None or name not in ("events", "headers", "retry_schedule"):
+        return value
+    return json.dumps(dict(value) if name == "headers" else list(value))
 
 
 def shown(row: Sequence[Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ replaced service's table with all rows (what it has no column for is dropped), s
 """
 
 import json
+import sqlite3
 from datetime import UTC, datetime
 
 from peewee import (
@@ -38,7 +39,7 @@ LEGACY_COLUMNS = [
 LEGACY_TABLE = """
 CREATE TABLE webhooks (
     webhook_id VARCHAR NOT NULL, url VARCHAR NOT NULL, events VARCHAR NOT NULL, secret VARCHAR NOT NULL,
-    team VARCHAR, created_at TIMESTAMP, total_calls INTEGER, failed_calls INTEGER,
+    team VARCHAR, created_at TIMESTAMP, total_calls {count}, failed_calls {count},
     last_success VARCHAR, last_failure VARCHAR, enabled BOOLEAN, PRIMARY KEY (webhook_id))
 """
 
@@ -103,7 +104,7 @@ def up(migrator, db):
     legacy = take_legacy_rows(db) if db.table_exists("webhooks") else []
     webhook, subscription = tables(db)
     db.create_tables([webhook, subscription], safe=False)
-    for rows in chunked(map(adopted, legacy), 500):
+    for rows in chunked(legacy, 500):
         webhook.insert_many(rows).execute()
     for rows in chunked(subscriptions_of(legacy), 5000):
         subscription.insert_many(rows).execute()
@@ -115,7 +116,8 @@ def down(migrator, db):
     db.execute_sql("DROP TABLE webhooks")
     if not rows:
         return
-    db.execute_sql(LEGACY_TABLE)
+    # SQLite's INTEGER has 64 bits, PostgreSQL's 32.
+    db.execute_sql(LEGACY_TABLE.format(count="INTEGER" if isinstance(db, SqliteDatabase) else "BIGINT"))
     db.execute_sql("CREATE INDEX ix_webhooks_team ON webhooks (team)")
     slots = ", ".join([db.param] * len(LEGACY_COLUMNS))
     for row in rows:
@@ -127,7 +129,7 @@ def down(migrator, db):
 
 
 def take_legacy_rows(db):
-    """All rows of the replaced service's table, which is dropped; refuses a table that is not quite that one."""
+    """All rows of the replaced service's table, as ours; it is dropped. Refuses a table that is not quite that one."""
     found = {column.name for column in db.get_columns("webhooks")}
     missing, unknown = set(LEGACY_COLUMNS) - found, found - set(LEGACY_COLUMNS)
     if missing or unknown:
@@ -135,36 +137,49 @@ def take_legacy_rows(db):
             "the table webhooks is not the replaced service's: "
             f"missing columns {sorted(missing)}, unknown columns {sorted(unknown)}"
         )
-    rows = read_rows(db)
+    rows = [adopted(row) for row in read_rows(db)]
     db.execute_sql("DROP TABLE webhooks")
     return rows
 
 
 def read_rows(db):
     cursor = db.execute_sql(f"SELECT {', '.join(LEGACY_COLUMNS)} FROM webhooks ORDER BY created_at, webhook_id")
-    return [dict(zip(LEGACY_COLUMNS, row, strict=True)) for row in cursor.fetchall()]
+    try:
+        rows = cursor.fetchall()
+    except sqlite3.OperationalError:  # it would quote the text
+        raise ValueError("the table webhooks has a text that is not UTF-8") from None
+    return [dict(zip(LEGACY_COLUMNS, row, strict=True)) for row in rows]
 
 
 def adopted(row):
     """A legacy row as ours. Raises ValueError that names the row and column, never a value."""
     row = dict(row)
+    for name in ("webhook_id", "url", "events", "secret"):
+        require(isinstance(row[name], str), row, name, "a text")
+    require(row["team"] is None or isinstance(row["team"], str), row, "team", "a text")
     for name in ("created_at", "last_success", "last_failure"):
         try:
-            row[name] = row[name] and utc_text(row[name])
-        except ValueError:
-            raise ValueError(f"webhook {row['webhook_id']}: {name} is not a time") from None
+            row[name] = None if row[name] in (None, "") else utc_text(row[name])
+        except (ValueError, TypeError, OverflowError):
+            require(False, row, name, "a time")
     row["created_at"] = row["created_at"] or utc_text(datetime.now(UTC))
-    row["total_calls"] = row["total_calls"] or 0
-    row["failed_calls"] = row["failed_calls"] or 0
+    for name in ("total_calls", "failed_calls"):
+        row[name] = 0 if row[name] is None else row[name]
+        require(isinstance(row[name], int) and row[name] >= 0, row, name, "a whole number from 0 on")
     row["enabled"] = bool(row["enabled"])  # null was never called by the replaced service either
     return row
+
+
+def require(holds, row, name, what):
+    if not holds:
+        raise ValueError(f"webhook {row['webhook_id']}: {name} is not {what}") from None
 
 
 def subscriptions_of(rows):
     for row in rows:
         try:
             events = json.loads(row["events"])
-        except ValueError:
+        except (ValueError, RecursionError):
             events = None
         if not isinstance(events, list) or not all(isinstance(event, str) for event in events):
             raise ValueError(f"webhook {row['webhook_id']}: events is not a JSON array of strings")
@@ -178,7 +193,7 @@ def moment(value):
 
 
 def utc_text(value):
-    return moment(value).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return moment(value).isoformat(timespec="microseconds")[:26] + "Z"
 
 
 def legacy_time(value, separator):

@@ -3,7 +3,7 @@
 Only additions that may be null: the release before this one goes on beside it.
 """
 
-from peewee import SQL, BigIntegerField, Field, ForeignKeyField, Model, TextField
+from peewee import SQL, BigIntegerField, Field, ForeignKeyField, Model, SqliteDatabase, TextField
 
 
 class UtcField(Field):
@@ -29,6 +29,7 @@ def tables(db):
 
         class Meta:
             table_name = "imports"
+            without_rowid = isinstance(db, SqliteDatabase)
 
     class Replay(Base):
         replay_id = TextField(primary_key=True)

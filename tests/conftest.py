@@ -17,8 +17,10 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from peewee import Database
+from starlette.testclient import TestClient
 
 import models
+from app import create_app
 from hookline import WebhookManager
 from hookline.database import open_database
 from settings import Settings
@@ -179,6 +181,15 @@ def serve(place: Place) -> Iterator[Callable[..., Server]]:
     yield start
     for one in started:
         one.stop()
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    """The application in this process, on an SQLite file. It delivers nothing."""
+    with databases.migrated("sqlite", tmp_path) as place:
+        app = create_app(Settings(place.url, run_worker=False, allow_anonymous=True))
+        with TestClient(app, raise_server_exceptions=False) as started:
+            yield started
 
 
 def recorded(name: str) -> Any:

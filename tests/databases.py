@@ -165,7 +165,7 @@ def drop(name: str) -> None:
 
 
 def migrate(url: str) -> None:
-    database = open_database(url)
+    database = open_database(url, create=True)
     schema.up(database)
     database.close_all()  # type: ignore[attr-defined]
 
@@ -182,7 +182,9 @@ def migrated_file() -> bytes:
 def empty(backend: str, folder: Path) -> Iterator[Place]:
     """A new database without any table."""
     if backend == "sqlite":
-        yield Place(f"sqlite:///{folder}/webhooks.db", folder)
+        place = Place(f"sqlite:///{folder}/webhooks.db", folder)
+        place.file.touch(mode=0o600)  # only `migrate up` and a manager would make it
+        yield place
         return
     with created(folder) as place:
         yield place
@@ -193,6 +195,7 @@ def migrated(backend: str, folder: Path) -> Iterator[Place]:
     """A new database with our schema."""
     if backend == "sqlite":
         place = Place(f"sqlite:///{folder}/webhooks.db", folder)
+        place.file.touch(mode=0o600)
         place.file.write_bytes(migrated_file())
         yield place
         return

@@ -340,3 +340,31 @@ def test_what_a_message_repeats_of_the_command_line_is_escaped(tmp_path: Path, a
     os.close(ours)
     assert process.wait(60) == 2
     assert b"\\x1b[2J" in printed and b"\x1b" not in printed
+
+
+@only_sqlite
+@pytest.mark.parametrize("command", ["export", "import"])
+@pytest.mark.parametrize("name", ["device", ""])
+def test_what_is_no_file_is_neither_replaced_by_an_export_nor_read_by_an_import(
+    place: Place, command: str, name: str
+) -> None:
+    ours, theirs = os.openpty()
+    device = Path(os.ttyname(theirs))
+    (place.folder / "device").symlink_to(device)
+    before = set(os.listdir(place.folder))
+    done = manage(place, command, name)
+    assert done.returncode in (1, 2)
+    assert done.stderr.splitlines()[-1].startswith("Error: ") and "Traceback" not in done.stderr
+    assert device.is_char_device()
+    assert {left for left in os.listdir(place.folder) if not left.startswith("webhooks.db")} <= before
+    os.close(ours)
+    os.close(theirs)
+
+
+@only_sqlite
+def test_an_export_to_a_link_writes_the_file_that_it_points_to(place: Place) -> None:
+    (place.folder / "real.json").write_text("old")
+    (place.folder / "link.json").symlink_to("real.json")
+    assert manage(place, "export", "link.json").returncode == 0
+    assert (place.folder / "link.json").is_symlink()
+    assert (place.folder / "real.json").read_text() == "{}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -149,6 +150,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ba
     with two("sqlite", backend, tmp_path, empty=True) as (source, target):
         with opened(source) as (db,):
             fill(db)
+        if backend == "sqlite":
+            target.file.unlink()
         done = manage(source, "copy", "--from", source.url, "--to", target.url, "--dry-run")
         assert done.returncode == 0, done.stderr
         assert "webhooks                   9 rows" in done.stdout
@@ -428,3 +431,19 @@ def test_every_table_is_copied() -> None:
     assert {table.name for table in copying.TABLES} == {
         str(model._meta.table_name) for model in models.TABLES if model is not models.Worker
     }
+
+
+def test_a_strangers_id_in_a_copys_error_does_not_drive_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with databases.migrated("sqlite", tmp_path / "a") as source, databases.migrated("sqlite", tmp_path / "b") as target:
+        lax = sqlite3.connect(source.file)
+        with lax:
+            lax.execute(
+                "INSERT INTO webhooks (webhook_id, url, events, secret, created_at) "
+                "VALUES (char(27) || '[2J', 'http://example.com/', '[]', 's', 'never')"
+            )
+        lax.close()
+        failed = manage(source, "copy", "--from", source.url, "--to", target.url)
+        assert r"webhooks \x1b[2J: created_at is not a time" in failed.stderr
+        assert "\x1b" not in failed.stderr + failed.stdout

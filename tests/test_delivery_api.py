@@ -187,8 +187,12 @@ def test_what_no_database_can_store_is_answered_alike_by_both(server: Server) ->
     for change in (client.delete, client.patch):
         assert change("/api/v1/webhooks/a%00b").status_code in (404, 405)
     for text in (nul, surrogate):
-        published = client.post("/api/v1/events", content=json.dumps({"event_type": "a", "data": {"team": text}}))
-        assert (published.status_code, published.json()["deliveries"]) == (202, 0)
+        published = client.post(
+            "/api/v1/events",
+            content=json.dumps({"event_type": "a", "data": {"team": text}}),
+            headers={"Content-Type": "application/json"},
+        )
+        assert (published.status_code, published.json().get("deliveries")) == ((202, 0) if text == nul else (422, None))
         for path in ("webhooks", "events"):
             place = cursor("2026-01-01T00:00:00", text)
             assert client.get(f"/api/v1/{path}", params={"cursor": place}).status_code == 422

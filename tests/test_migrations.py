@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, database, schema
+from hookline import WebhookManager, clock, database, schema
 from hookline.database import alone, open_database
 from hookline.errors import Invalid
-from models import Subscription
+from models import Attempt, Delivery, Event, Import, Lane, Replay, Subscription, Webhook, Worker, stored_time
+from tests import databases
 from tests.conftest import DATA, ROOT, SECRET, environment, manage, only_postgres, only_sqlite
 from tests.databases import Place
 
@@ -127,7 +128,13 @@ def test_up_down_up_keeps_the_rows_and_down_gives_the_old_table_back(adopted: Pl
     ("damage", "named"),
     [
         ("UPDATE webhooks SET events = 'nope' WHERE team = 'ne'", "events"),
-        ("UPDATE webhooks SET last_success = 'yesterday' WHERE team = 'sf'", "last_success"),
+        ("UPDATE webhooks SET last_success = 'yesterday' WHERE team = 'sf'", "last_success is not a time"),
+        ("UPDATE webhooks SET last_failure = 5", "last_failure is not a time"),
+        ("UPDATE webhooks SET created_at = '0001-01-01T00:00:00+05:00' WHERE team = 'sf'", "created_at is not a time"),
+        ("UPDATE webhooks SET created_at = x'00'", "created_at is not a time"),
+        ("UPDATE webhooks SET total_calls = 'many'", "total_calls is not a whole number"),
+        ("UPDATE webhooks SET failed_calls = -1", "failed_calls is not a whole number"),
+        ("UPDATE webhooks SET url = x'00'", "url is not a text"),
         ("ALTER TABLE webhooks ADD COLUMN colour", "colour"),
     ],
 )
@@ -178,6 +185,9 @@ def test_rows_that_point_nowhere_are_reported(db: Database, tmp_path: Path) -> N
     orphan = "def up(migrator, db):\n    db.execute_sql(\"INSERT INTO subscriptions VALUES ('a', '', 'gone')\")\n"
     with pytest.raises(Invalid, match="subscriptions"):
         schema.up(db, directory=scripts(tmp_path, m0009_orphan=orphan))
+    with db.connection_context():
+        assert Subscription.select().count() == 0
+        assert db.pragma("foreign_keys") == 1  # type: ignore[attr-defined]
 
 
 def test_two_migrations_at_once_both_succeed(backend: str, empty: Place) -> None:
@@ -190,7 +200,7 @@ def test_two_migrations_at_once_both_succeed(backend: str, empty: Place) -> None
 
 
 def test_who_waits_for_another_migration_is_told_so(empty: Place) -> None:
-    db = open_database(empty.url)
+    db = open_database(empty.url, create=True)
     command = [sys.executable, str(ROOT / "manage.py"), "migrate", "up"]
     env = environment(DATABASE_URL=empty.url)
     with db.connection_context(), alone(db, schema.ADVISORY_LOCK):
@@ -227,3 +237,197 @@ def test_the_application_refuses_to_start_while_migrations_are_pending(empty: Pl
     assert done.returncode == 1
     assert "python manage.py migrate up" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+FAILS = """
+def up(migrator, db):
+    db.execute_sql("CREATE TABLE extra (x integer)")
+    db.execute_sql("DELETE FROM subscriptions")
+    raise RuntimeError("the second one fails")
+
+def down(migrator, db):
+    pass
+"""
+KEEPS = """
+def up(migrator, db):
+    pass
+
+def down(migrator, db):
+    raise RuntimeError("this one cannot be reverted")
+"""
+
+
+def everything_in(db: Database) -> dict[str, list[Any]]:
+    """Every table with its rows, the runner's history included."""
+    with db.connection_context():
+        tables = sorted(db.get_tables())
+        return {table: sorted(db.execute_sql(f"SELECT * FROM {table}").fetchall(), key=repr) for table in tables}
+
+
+def filled(db: Database, manager: WebhookManager) -> str:
+    """Something in every table that hangs on a webhook; its id."""
+    webhook_id = manager.register("http://example.com/", ["a", "b"], SECRET, team="ne")
+    manager.update(webhook_id, {"enabled": False, "description": "d"})
+    now = clock.now()
+    with db.connection_context():
+        Event.insert(event_id="evt_1", event_type="a", payload="{}", created_at=now).execute(db)
+        Delivery.insert(
+            webhook=webhook_id, event="evt_1", status="cancelled", reason="cancelled by request", created_at=now
+        ).execute(db)
+        Attempt.insert(delivery=1, number=1, started_at=now, duration_ms=1).execute(db)
+        Lane.insert(webhook=webhook_id, due_at=now).execute(db)
+        Import.insert(webhook=webhook_id, entry="{}", imported_at=now).execute(db)
+        Replay.insert(replay_id="rpl_1", webhook=webhook_id, since=now, statuses="all", created_at=now).execute(db)
+        Worker.insert(worker_id="w", host="h", started_at=now, beat_at=now).execute(db)
+        Webhook.update(earlier_secrets="[]", total_calls=2**40, failed_calls=2**33).execute(db)
+    return webhook_id
+
+
+def test_several_migrations_of_which_the_second_fails_change_nothing(
+    db: Database, manager: WebhookManager, tmp_path: Path
+) -> None:
+    filled(db, manager)
+    before = everything_in(db)
+    directory = scripts(tmp_path, m0008_weight=REBUILD, m0009_fails=FAILS)
+    with pytest.raises(Invalid, match="everything was rolled back: the second one fails"):
+        schema.up(db, directory=directory)
+    assert everything_in(db) == before
+    assert schema.diff(db) == ""
+    assert schema.up(db, "0008_weight", directory) == ["0008_weight"]
+
+
+def test_a_way_down_that_fails_in_the_middle_changes_nothing(
+    db: Database, manager: WebhookManager, tmp_path: Path
+) -> None:
+    directory = scripts(tmp_path, m0007_keeps=KEEPS, m0008_weight=REBUILD)
+    filled(db, manager)
+    schema.up(db, directory=directory)
+    before = everything_in(db)
+    with pytest.raises(Invalid, match="everything was rolled back: this one cannot be reverted"):
+        schema.down(db, "0001_webhooks", directory)
+    assert everything_in(db) == before
+    assert [name for name, applied in schema.status(db, directory) if applied is None] == []
+
+
+def test_a_first_run_that_fails_leaves_an_empty_database(empty: Place, tmp_path: Path) -> None:
+    db = open_database(empty.url)
+    with pytest.raises(Invalid, match="the second one fails"):
+        schema.up(db, directory=scripts(tmp_path, m0009_fails=FAILS))
+    assert everything_in(db) == {}
+    db.close_all()  # type: ignore[attr-defined]
+
+
+def test_all_the_way_down_and_up_keeps_webhooks_and_their_counters(db: Database, manager: WebhookManager) -> None:
+    webhook_id = filled(db, manager)
+    before = manager.get_all()
+    assert schema.down(db, "0001_webhooks") == list(reversed(NAMES))
+    with db.connection_context():
+        assert set(db.get_tables()) - {"sqlite_sequence"} == {"schema_migration", "webhooks"}
+        assert db.execute_sql("SELECT webhook_id, total_calls FROM webhooks").fetchall() == [(webhook_id, 2**40)]
+    assert schema.up(db) == NAMES
+    assert schema.diff(db) == ""
+    assert manager.get_all() == before
+    assert [found["webhook_id"] for found in manager.list(event="b")] == [webhook_id]
+
+
+def test_one_migration_down_and_up_keeps_what_the_release_before_knows(db: Database, manager: WebhookManager) -> None:
+    filled(db, manager)
+    before = everything_in(db)
+    assert schema.down(db, "0003_imports_replays_workers") == ["0003_imports_replays_workers"]
+    with db.connection_context():
+        assert db.execute_sql("SELECT last_error FROM deliveries").fetchone() == ("cancelled by request",)
+    schema.up(db)
+    after = everything_in(db)
+    same = set(before) - {"schema_migration", "imports", "replays", "workers", "webhooks", "deliveries"}
+    assert {table: after[table] for table in same} == {table: before[table] for table in same}
+    assert after["imports"] == after["replays"] == after["workers"] == []
+    assert len(after["webhooks"]) == len(after["deliveries"]) == 1
+    assert schema.diff(db) == ""
+
+
+def test_the_release_before_goes_on_writing_beside_the_newest_schema(db: Database, manager: WebhookManager) -> None:
+    now = stored_time(clock.now())
+    for statement in (
+        f"""INSERT INTO webhooks (webhook_id, url, events, secret, team, created_at, updated_at, description, headers,
+            enabled, total_calls, failed_calls)
+            VALUES ('w', 'http://example.com/', '["a"]', 's', NULL, '{now}', '{now}', NULL, NULL, TRUE, 0, 0)""",
+        "INSERT INTO subscriptions (event_type, team, webhook_id) VALUES ('a', '', 'w')",
+        f"INSERT INTO events (event_id, event_type, payload, created_at) VALUES ('e', 'a', '{{}}', '{now}')",
+        f"""INSERT INTO deliveries (webhook_id, event_id, status, leased, attempts, attempts_before, next_attempt_at,
+            created_at) VALUES ('w', 'e', 'pending', TRUE, 0, 0, '{now}', '{now}')""",
+        f"INSERT INTO lanes (webhook_id, due_at, failures) VALUES ('w', '{now}', 0)",
+        f"""UPDATE deliveries SET status = 'succeeded', leased = FALSE, attempts = 1, next_attempt_at = NULL,
+            finished_at = '{now}', last_status_code = 200""",
+        "UPDATE webhooks SET previous_secret = secret, secret = 'new'",
+    ):
+        with db.connection_context():
+            db.execute_sql(statement)
+    assert manager.get("w")["enabled"]
+    assert manager.unregister("w")
+    with db.connection_context():
+        assert Delivery.select().count() == 0
+
+
+def test_rows_that_pointed_nowhere_before_do_not_stop_a_migration(tmp_path: Path) -> None:
+    with databases.migrated("sqlite", tmp_path) as place:
+        lax = sqlite3.connect(place.file)
+        with lax:
+            lax.execute("INSERT INTO subscriptions VALUES ('a', '', 'gone')")
+        lax.close()
+        db = open_database(place.url)
+        assert schema.up(db, directory=scripts(tmp_path, m0009_weight=REBUILD)) == ["0009_weight"]
+        db.close_all()  # type: ignore[attr-defined]
+
+
+def test_nothing_to_apply_waits_for_nobody(place: Place) -> None:
+    writer, other = open_database(place.url), open_database(place.url, pragmas={"busy_timeout": 0})
+    with writer.connection_context(), writer.atomic():
+        writer.execute_sql("DELETE FROM subscriptions")
+        assert schema.up(other) == []
+    for one in (writer, other):
+        one.close_all()  # type: ignore[attr-defined]
+
+
+def test_adopting_empty_times_and_early_years_leaves_listings_whole(adopted: Place) -> None:
+    old = sqlite3.connect(adopted.file)
+    with old:
+        old.execute("UPDATE webhooks SET last_failure = '', last_success = '0900-01-02T03:04:05.000006'")
+        old.execute("UPDATE webhooks SET created_at = '' WHERE team = 'ne'")
+        old.execute("UPDATE webhooks SET created_at = '0900-01-01 00:00:00' WHERE team = 'sf'")
+        old.execute(f"UPDATE webhooks SET total_calls = {2**40}")
+    old.close()
+    assert manage(adopted, "migrate", "up").returncode == 0
+    db = open_database(adopted.url)
+    listed = WebhookManager(db=db).get_all()
+    assert len(listed) == 26
+    assert {one["last_failure"] for one in listed} == {None}
+    assert {one["last_success"] for one in listed} == {"0900-01-02T03:04:05.000006"}
+    assert {one["total_calls"] for one in listed} == {2**40}
+    assert "0900-01-01T00:00:00" in {one["created_at"] for one in listed}
+    times = rows(adopted, "SELECT created_at FROM webhooks UNION SELECT last_success FROM webhooks")
+    assert {len(time) for (time,) in times} == {27}
+    db.close_all()  # type: ignore[attr-defined]
+
+
+def test_a_stranger_in_an_adopted_row_does_not_drive_the_terminal(adopted: Place) -> None:
+    old = sqlite3.connect(adopted.file)
+    with old:
+        old.execute(
+            "UPDATE webhooks SET webhook_id = char(27) || '[2J', last_failure = 'never' "
+            "WHERE webhook_id = (SELECT max(webhook_id) FROM webhooks)"
+        )
+    old.close()
+    failed = manage(adopted, "migrate", "up")
+    assert r"webhook \x1b[2J: last_failure is not a time" in failed.stderr
+    assert "\x1b" not in failed.stderr
+
+
+def test_an_adopted_text_that_is_not_utf_8_is_refused_without_quoting_it(adopted: Place) -> None:
+    old = sqlite3.connect(adopted.file)
+    with old:
+        old.execute("UPDATE webhooks SET secret = CAST(x'ff' || secret AS TEXT)")
+    old.close()
+    failed = manage(adopted, "migrate", "up")
+    assert "rolled back: the table webhooks has a text that is not UTF-8" in failed.stderr
+    assert "your-secure-secret" not in failed.stderr
+    assert rows(adopted, "SELECT count(*) FROM webhooks") == [(26,)]

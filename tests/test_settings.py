@@ -23,8 +23,9 @@ def test_every_setting_is_read() -> None:
         "ALLOW_EPHEMERAL_SQLITE": "yes",
         "HOST": "0.0.0.0",
         "PORT": "80",
-        "API_KEYS": "one, two,",
+        "API_KEYS": "the-first-key-of-two, the-second-key-of-two,",
         "ALLOW_ANONYMOUS": "True",
+        "TRUSTED_PROXIES": "127.0.0.1 10.0.0.0/8",
         "ALLOWED_NETWORKS": "192.168.0.0/16, fd00::/8",
         "RUN_WORKER": "no",
         "WORKER_CONCURRENCY": "8",
@@ -43,8 +44,9 @@ def test_every_setting_is_read() -> None:
         True,
         "0.0.0.0",
         80,
-        ("one", "two"),
+        ("the-first-key-of-two", "the-second-key-of-two"),
         True,
+        (ip_network("127.0.0.1/32"), ip_network("10.0.0.0/8")),
         (ip_network("192.168.0.0/16"), ip_network("fd00::/8")),
         False,
         8,
@@ -58,7 +60,7 @@ def test_every_setting_is_read() -> None:
         "debug",
     )
     assert settings.load(given) == expected
-    assert "one" not in repr(settings.load(given))
+    assert "first-key" not in repr(settings.load(given))
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,8 @@ def test_every_setting_is_read() -> None:
         ("DATABASE_URL", "sqlite:///a\0b.db"),
         ("API_KEYS", "\udcff" * 20),
         ("ALLOW_ANONYMOUS", "perhaps"),
+        ("TRUSTED_PROXIES", "*"),
+        ("TRUSTED_PROXIES", "10.0.0.1/8"),
         ("ALLOWED_NETWORKS", "192.168.0.1/16"),
         ("ALLOWED_NETWORKS", "home"),
         ("WORKER_CONCURRENCY", "0"),
@@ -98,6 +102,25 @@ def test_a_wrong_value_is_one_line_that_names_the_setting(name: str, value: str,
     with pytest.raises(settings.BadSetting, match=name) as caught:
         settings.load({name: value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "secrets"),
+    [
+        (",", []),
+        (" , ,, ", []),
+        ("short-key-of-me", ["short-key-of-me"]),
+        ("a-first-key-that-holds,brief", ["a-first-key", "brief"]),
+        ("schlüssel-mit-umlaut", ["schl", "umlaut"]),
+        ("two-keys-without-a-comma another-one-beside-it", ["two-keys", "another-one"]),
+        ("a-key-with-a-tab\tin-the-middle", ["a-key-with"]),
+    ],
+)
+def test_keys_that_guard_nothing_stop_the_start_and_are_not_shown(keys: str, secrets: list[str]) -> None:
+    with pytest.raises(settings.BadSetting, match="API_KEYS") as caught:
+        settings.load({"API_KEYS": keys})
+    assert "\n" not in str(caught.value)
+    assert not any(secret in str(caught.value) for secret in secrets)
 
 
 def test_a_wrong_value_stops_a_command_without_a_traceback(tmp_path: Path) -> None:

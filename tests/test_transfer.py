@@ -75,13 +75,13 @@ def test_an_entry_that_changed_in_the_file_is_updated(db: Database, file: Path) 
     import_file(db, file)
     document = json.loads(file.read_text())
     first, second, *_ = document
-    document[first] |= {"team": None, "events": ["another"], "last_success": None, "total_calls": 9}
+    document[first] |= {"team": None, "events": ["another"]}
     document[second]["enabled"] = False
     file.write_text(json.dumps(document))
     assert counts(import_file(db, file)) == (0, 2, 24, 0)
     assert stored(db, f"SELECT event_type, team FROM subscriptions WHERE webhook_id = '{first}'") == [("another", "")]
     manager = WebhookManager(db=db)
-    assert manager.get(first)["total_calls"] == 9
+    assert manager.get(first)["team"] is None
     assert not manager.get(second)["enabled"]
 
 
@@ -201,7 +201,7 @@ def test_the_older_list_form_is_read(db: Database, file: Path) -> None:
 def test_an_import_that_meets_a_lock_says_so_and_changes_nothing(place: Place, file: Path) -> None:
     assert manage(place, "import", str(file)).returncode == 0
     document = json.loads(file.read_text())
-    file.write_text(json.dumps({name: entry | {"total_calls": 77} for name, entry in document.items()}))
+    file.write_text(json.dumps({name: entry | {"team": "another"} for name, entry in document.items()}))
     other = open_database(place.url)
     with other.connection_context(), other.atomic():
         other.execute_sql("SELECT 1 FROM webhooks FOR NO KEY UPDATE")
@@ -248,10 +248,11 @@ def test_the_command_reports_and_refuses_without_a_traceback(
 
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+paths = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
 times = st.datetimes(min_value=datetime(1970, 1, 1)).map(datetime.isoformat)
 entries = st.fixed_dictionaries(
     {
-        "url": text.map(lambda path: "https://example.com/" + "".join(path.split())),
+        "url": paths.map(lambda path: "https://example.com/" + "".join(path.split())),
         "events": st.lists(text, max_size=4),
         "secret": text.filter(bool),
         "team": st.none() | text,

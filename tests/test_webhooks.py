@@ -153,7 +153,7 @@ def test_a_rotation_keeps_the_previous_secret_for_the_overlap(db: Database, mana
         {"events": ["a" * 201]},
         {"team": "\0"},
         {"team": "a" * 201},
-        {"secret": "short"},
+        {"secret": "s" * 1025},
         {"secret": "whsec_not base64 at all"},
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from ipaddress import ip_network
 from typing import Any, cast
 
 from starlette.convertors import Convertor, register_url_convertor
@@ -14,13 +16,19 @@ from starlette.routing import BaseRoute, Route
 
 from hookline import deliveries, egress, events, history
 from hookline.errors import NotFound
-from hookline.registration import Registration, generate_secret
+from hookline.registration import Registration, generate_secret, host_of
 from hookline.storage import Storage
 from hookline.webhooks import WebhookManager
 from web import schemas
 from web.schemas import Json
 
 log = logging.getLogger("hookline")
+
+Handler = Callable[[Request], Awaitable[Response]]
+PRIVATE_NETWORKS = [  # RFC 1918, RFC 4193, RFC 3927, RFC 4291
+    ip_network(text)
+    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7", "169.254.0.0/16", "fe80::/10")
+]
 
 
 def storage_of(request: Request) -> Storage:
@@ -32,9 +40,11 @@ def manager_of(request: Request) -> WebhookManager:
 
 
 async def parsed(request: Request, model: type[schemas.M], *, empty: bytes = b"") -> schemas.M:
+    """The body as `model`. Its type must be JSON's; a type without a body too, since a form sends one."""
     content_type = request.headers.get("content-type")
     body = await request.body()
-    if body and not schemas.is_json(content_type):
+    is_json = bool(content_type) and schemas.is_json(content_type)
+    if (body or content_type) and not is_json:
         raise HTTPException(415, "Send JSON, with the header  Content-Type: application/json")
     return schemas.body_of(model, content_type, body or empty)
 
@@ -48,16 +58,32 @@ async def register(request: Request) -> Response:
     url = str(new.url)
     registration = Registration(url, new.events, new.secret, new.team)
     webhook_id = await storage_of(request).write_together(manager_of(request).register_all, registration)
-    for warning in warnings(request, url):  # the answer's form is fixed
+    for warning in warnings(request, url, new.events):  # the answer's form is fixed
         log.warning("webhook %s: %s", webhook_id, warning)
     shown = {"webhook_id": webhook_id, "url": url, "events": new.events, "team": new.team}
     return Json({**shown, "message": "Webhook registered successfully"}, 201)
 
 
-def warnings(request: Request, url: str) -> list[str]:
-    """What the egress guard will say to this URL, as far as that can be told from its host alone."""
-    refusal = egress.literal_refusal(url, request.app.state.allowed_networks)
-    return [f"it will not be delivered to: {refusal}"] if refusal else []
+def warnings(request: Request, url: str, events: Sequence[str]) -> list[str]:
+    """Why this webhook will get nothing, as far as that can be told from its registration alone."""
+    allowed = request.app.state.allowed_networks
+    found = [] if events else ["it will get no events: its list of events is empty"]
+    if refusal := egress.literal_refusal(url, allowed):
+        found.append(f"it will not be delivered to: {refusal}")
+    elif is_local_name(url) and not any(is_private(network) for network in allowed):
+        found.append(
+            "it will not be delivered to: names in .local are of private addresses, and ALLOWED_NETWORKS has none"
+        )
+    return found
+
+
+def is_local_name(url: str) -> bool:
+    """A name of multicast DNS (RFC 6762)."""
+    return host_of(url).rstrip(".").endswith(".local")
+
+
+def is_private(network: egress.Network) -> bool:
+    return any(network.version == one.version and network.overlaps(one) for one in PRIVATE_NETWORKS)
 
 
 async def list_all(request: Request) -> Response:
@@ -75,13 +101,11 @@ async def create(request: Request) -> Response:
     new = await parsed(request, schemas.NewWebhook)
     secret = new.secret or generate_secret()
     registration = Registration(str(new.url), new.events, secret, new.team, new.description, new.headers)
-    storage = storage_of(request)
-    webhook_id = await storage.write_together(manager_of(request).register_all, registration)
-    shown = await storage.read(manager_of(request).get, webhook_id)
+    shown = await storage_of(request).write_together(manager_of(request).create_all, registration)
     if new.secret is None:
         shown["secret"] = secret
-    shown["warnings"] = warnings(request, shown["url"])
-    return Json(shown, 201, {"Location": f"/api/v1/webhooks/{webhook_id}"})
+    shown["warnings"] = warnings(request, shown["url"], shown["events"])
+    return Json(shown, 201, {"Location": f"/api/v1/webhooks/{shown['webhook_id']}"})
 
 
 async def page(request: Request) -> Response:
@@ -112,7 +136,7 @@ async def update(request: Request) -> Response:
     changes = await parsed(request, schemas.WebhookChanges)
     webhook_id = request.path_params["webhook_id"]
     found = await storage_of(request).write(manager_of(request).update, webhook_id, changes.given())
-    return Json({**found, "warnings": warnings(request, found["url"])})
+    return Json({**found, "warnings": warnings(request, found["url"], found["events"])})
 
 
 async def rotate_secret(request: Request) -> Response:
@@ -127,7 +151,9 @@ async def rotate_secret(request: Request) -> Response:
 
 
 async def send_test(request: Request) -> Response:
-    published = await storage_of(request).write(manager_of(request).send_test, request.path_params["webhook_id"])
+    new = await parsed(request, schemas.TestEvent, empty=b"{}")
+    webhook_id = request.path_params["webhook_id"]
+    published = await storage_of(request).write(manager_of(request).send_test, webhook_id, new.event_type, new.data)
     return Json(published._asdict(), 202)
 
 
@@ -203,11 +229,13 @@ async def get_delivery(request: Request) -> Response:
 
 
 async def retry_delivery(request: Request) -> Response:
+    await parsed(request, schemas.NoFields, empty=b"{}")
     storage = storage_of(request)
     return Json(await storage.write(deliveries.retry, storage.db, delivery_id_of(request)))
 
 
 async def cancel_delivery(request: Request) -> Response:
+    await parsed(request, schemas.NoFields, empty=b"{}")
     storage = storage_of(request)
     return Json(await storage.write(deliveries.cancel, storage.db, delivery_id_of(request)))
 
@@ -233,23 +261,31 @@ class WebhookId(Id):
 register_url_convertor("id", Id())
 register_url_convertor("webhook", WebhookId())
 
+
+def route(path: str, **handlers: Handler) -> Route:
+    """All methods of a path in one route, so that a 405 names them all."""
+    if "GET" in handlers:
+        handlers["HEAD"] = handlers["GET"]
+
+    async def handle(request: Request) -> Response:
+        return await handlers[request.method](request)
+
+    return Route(path, handle, methods=list(handlers))
+
+
 routes: list[BaseRoute] = [  # the busiest first: they are tried in order
-    Route("/api/v1/webhooks/register", register, methods=["POST"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}", get, methods=["GET"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}", update, methods=["PATCH"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}", delete, methods=["DELETE"]),
-    Route("/api/v1/webhooks", create, methods=["POST"]),
-    Route("/api/v1/webhooks", page, methods=["GET"]),
-    Route("/api/v1/webhooks/list", list_all, methods=["GET"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}/rotate-secret", rotate_secret, methods=["POST"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}/test", send_test, methods=["POST"]),
-    Route("/api/v1/webhooks/{webhook_id:webhook}/replay", replay, methods=["POST"]),
-    Route("/api/v1/events", publish, methods=["POST"]),
-    Route("/api/v1/events", list_events, methods=["GET"]),
-    Route("/api/v1/events/{event_id:id}", get_event, methods=["GET"]),
-    Route("/api/v1/events/{event_id:id}/explain", explain, methods=["GET"]),
-    Route("/api/v1/deliveries", list_deliveries, methods=["GET"]),
-    Route("/api/v1/deliveries/{delivery_id}", get_delivery, methods=["GET"]),
-    Route("/api/v1/deliveries/{delivery_id}/retry", retry_delivery, methods=["POST"]),
-    Route("/api/v1/deliveries/{delivery_id}/cancel", cancel_delivery, methods=["POST"]),
+    route("/api/v1/webhooks/register", POST=register),
+    route("/api/v1/webhooks/{webhook_id:webhook}", GET=get, PATCH=update, DELETE=delete),
+    route("/api/v1/webhooks", GET=page, POST=create),
+    route("/api/v1/webhooks/list", GET=list_all),
+    route("/api/v1/webhooks/{webhook_id:webhook}/rotate-secret", POST=rotate_secret),
+    route("/api/v1/webhooks/{webhook_id:webhook}/test", POST=send_test),
+    route("/api/v1/webhooks/{webhook_id:webhook}/replay", POST=replay),
+    route("/api/v1/events", GET=list_events, POST=publish),
+    route("/api/v1/events/{event_id:id}", GET=get_event),
+    route("/api/v1/events/{event_id:id}/explain", GET=explain),
+    route("/api/v1/deliveries", GET=list_deliveries),
+    route("/api/v1/deliveries/{delivery_id}", GET=get_delivery),
+    route("/api/v1/deliveries/{delivery_id}/retry", POST=retry_delivery),
+    route("/api/v1/deliveries/{delivery_id}/cancel", POST=cancel_delivery),
 ]

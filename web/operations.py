@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hookline import delivery, schema
 from hookline.errors import Conflict, HooklineError, Invalid, NotFound, TooLarge, Unavailable
+from web.protocol import ANSWER_HEADERS
 from web.schemas import Refused
 
 log = logging.getLogger("hookline")
@@ -44,7 +45,7 @@ async def ready(request: Request) -> Response:
 
 async def domain_error(request: Request, exc: Exception) -> Response:
     if isinstance(exc, Unavailable):
-        log.error("%s %s: %s", request.method, request.url.path, exc)
+        log.error("%s %r: %s", request.method, request.scope["path"], exc)
     return JSONResponse(
         {"detail": str(exc)}, next(status for kind, status in STATUSES.items() if isinstance(exc, kind))
     )
@@ -61,15 +62,36 @@ async def http_error(request: Request, exc: Exception) -> Response:
 
 
 async def unexpected(request: Request, exc: Exception) -> Response:
-    return JSONResponse({"detail": "Internal server error"}, 500)
+    headers = {name.decode(): value.decode() for name, value in ANSWER_HEADERS}  # nothing of ours is around this one
+    return JSONResponse({"detail": "Internal server error"}, 500, headers)
+
+
+async def gone(request: Request, exc: Exception) -> None:
+    """Whoever sent half a request and left gets no answer, and the log no line."""
 
 
 exception_handlers: Mapping[Any, Any] = {
     **dict.fromkeys(STATUSES, domain_error),
     Refused: refused,
     HTTPException: http_error,
+    ClientDisconnect: gone,
     Exception: unexpected,
 }
+
+
+class AnswerHeaders:
+    """ASGI middleware: no answer is kept by a cache or read as another type than it says."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *ANSWER_HEADERS]
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
 
 
 class BodyLimit:
@@ -92,7 +114,10 @@ class BodyLimit:
 
         async def limited() -> Message:
             nonlocal taken
-            message = await receive()
+            try:
+                message = await receive()
+            except asyncio.CancelledError:  # the server stops, and half a body has come
+                raise HTTPException(503, "The service is stopping: nothing was stored, try again") from None
             taken += len(message.get("body", b""))
             if taken > self.max_body:
                 raise HTTPException(413, f"The body is over the limit of {self.max_body} bytes")

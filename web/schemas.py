@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,12 +25,28 @@ from pydantic_core import PydanticCustomError, PydanticUseDefault, from_json, to
 from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
 
-from hookline.registration import MAX_EVENTS, MAX_NAME, MAX_RATE, MIN_RATE, MIN_SECRET, secret_problem, text_problem
+from hookline import registration
+from hookline.events import MAX_DEPTH, MAX_KEY, TOO_DEEP, has_lone_surrogate, is_too_deep
+from hookline.registration import (
+    MAX_DESCRIPTION,
+    MAX_EVENTS,
+    MAX_HEADER_VALUE,
+    MAX_HEADERS,
+    MAX_NAME,
+    MAX_OVERLAP,
+    MAX_RATE,
+    MAX_RETRIES,
+    MAX_SECRET,
+    MAX_URL,
+    MAX_WAIT,
+    MIN_RATE,
+    MIN_SECRET,
+    MIN_WAIT,
+    text_problem,
+)
 from hookline.webhooks import MASK
 
 SECRET_NAMES = ("secret", "headers")  # what a 422 must not echo
-HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
-OWN_HEADERS = re.compile(r"(?i)webhook-.*|x-webhook-.*|content-length|content-type|host|transfer-encoding|connection")
 
 NOT_GIVEN: Any = None  # a default that is never validated nor used: see `given`
 
@@ -50,41 +67,49 @@ class Refused(Exception):
         self.detail = detail
 
 
+def problem_free(problem_of: Callable[[Any], str | None]) -> AfterValidator:
+    """What comes in must be without a problem, in the words of `hookline.registration`."""
+
+    def check(value: Any) -> Any:
+        if (problem := problem_of(value)) is not None:
+            raise PydanticCustomError("value_refused", "Value {problem}", {"problem": problem})
+        return value
+
+    return AfterValidator(check)
+
+
+def url_problem(url: HttpUrl) -> str | None:
+    """Pydantic vouches for its shape, which is checked again when it is stored."""
+    text = str(url)
+    return registration.url_problem(text) if "@" in text or len(text) > MAX_URL else None
+
+
 def no_nul(text: Any) -> Any:
     if isinstance(text, str) and "\0" in text:
         raise PydanticCustomError("nul_character", "String should not contain NUL characters")
     return text
 
 
-def no_credentials(url: HttpUrl) -> HttpUrl:
-    if url.username is not None or url.password is not None:
-        raise PydanticCustomError("url_credentials", "URL should not contain a user name or password")
-    return url
-
-
-def usable_secret(secret: str) -> str:
-    if (problem := secret_problem(secret)) is not None:
-        raise PydanticCustomError("secret_encoding", "Secret {problem}", {"problem": problem})
-    return secret
-
-
 Text = Annotated[str, AfterValidator(no_nul)]
-Url = Annotated[HttpUrl, BeforeValidator(no_nul), AfterValidator(no_credentials)]
-Secret = Annotated[
-    str, Field(min_length=MIN_SECRET, max_length=1024), AfterValidator(no_nul), AfterValidator(usable_secret)
-]
-Seconds = Annotated[float, Field(ge=0.1, le=30 * 86400)]
-Name = Annotated[str, Field(max_length=MAX_NAME), AfterValidator(no_nul)]
+Url = Annotated[HttpUrl, BeforeValidator(no_nul), problem_free(url_problem)]
+Secret = Annotated[str, Field(min_length=MIN_SECRET, max_length=MAX_SECRET), problem_free(registration.secret_problem)]
+NewSecret = Annotated[Secret, problem_free(registration.key_problem)]
+Seconds = Annotated[float, Field(ge=MIN_WAIT, le=MAX_WAIT)]
+Name = Annotated[Text, Field(max_length=MAX_NAME)]
 Events = Annotated[list[Name], Field(max_length=MAX_EVENTS)]
-Description = Annotated[str, Field(max_length=1000), AfterValidator(no_nul)]
-Headers = Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=20)]
+Description = Annotated[Text, Field(max_length=MAX_DESCRIPTION)]
+Headers = Annotated[
+    dict[str, Annotated[str, Field(max_length=MAX_HEADER_VALUE)]],
+    Field(max_length=MAX_HEADERS),
+    problem_free(registration.headers_problem),
+]
 
 
 def opened(cursor: Any, *kinds: type) -> list[Any]:
     """What a cursor holds: as many values as kinds, each of its kind."""
     try:
         values = json.loads(base64.urlsafe_b64decode(cursor))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         values = None
     if (
         not isinstance(values, list)
@@ -132,34 +157,24 @@ class Registration(BaseModel):
     sport: str = Field("nfl", pattern="^(nfl|nhl)$")
 
 
-class WebhookFields(BaseModel):
-    """What new routes refuse besides: unknown fields, and headers that are not theirs to set."""
+class Strict(BaseModel):
+    """What new routes refuse besides: unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
-    @field_validator("headers", check_fields=False)
-    @classmethod
-    def allowed_headers(cls, headers: dict[str, str] | None) -> dict[str, str] | None:
-        for name, value in (headers or {}).items():
-            if not HEADER_NAME.fullmatch(name) or OWN_HEADERS.fullmatch(name):
-                raise PydanticCustomError("header_name", "Header should be a token, and not one that Hookline sets")
-            if not value.isprintable() or not value.isascii():
-                raise PydanticCustomError("header_value", "Header values should be printable ASCII")
-        return headers
 
-
-class NewWebhook(WebhookFields):
+class NewWebhook(Strict):
     """`POST /api/v1/webhooks`. Without a `secret` one is generated."""
 
     url: Url
     events: Events
-    secret: Secret | None = None
+    secret: NewSecret | None = None
     team: Name | None = None
     description: Description | None = None
     headers: Headers | None = None
 
 
-class WebhookChanges(WebhookFields):
+class WebhookChanges(Strict):
     """`PATCH /api/v1/webhooks/{id}`: only what is given changes; null clears what may be null."""
 
     url: Url = NOT_GIVEN
@@ -168,7 +183,7 @@ class WebhookChanges(WebhookFields):
     description: Description | None = None
     headers: Headers | None = None
     enabled: bool = NOT_GIVEN
-    retry_schedule: Annotated[list[Seconds], Field(min_length=1, max_length=50)] | None = None
+    retry_schedule: Annotated[list[Seconds], Field(min_length=1, max_length=MAX_RETRIES)] | None = None
     rate_limit: Annotated[float, Field(ge=MIN_RATE, le=MAX_RATE)] | None = None
     ordered: bool = NOT_GIVEN
 
@@ -176,27 +191,34 @@ class WebhookChanges(WebhookFields):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-class Rotation(WebhookFields):
+class Rotation(Strict):
     """`POST /api/v1/webhooks/{id}/rotate-secret`: the old secret keeps signing for `overlap_seconds`."""
 
-    secret: Secret | None = None
-    overlap_seconds: int = Field(24 * 3600, ge=0, le=30 * 24 * 3600)
+    secret: NewSecret | None = None
+    overlap_seconds: int = Field(24 * 3600, ge=0, le=MAX_OVERLAP)
 
 
-class NewEvent(BaseModel):
+class NoFields(Strict):
+    """What needs no body, and takes none but an empty object: cancel, retry."""
+
+
+class TestEvent(Strict):
+    """`POST /api/v1/webhooks/{id}/test`. What is not given is as `hookline.events` has it."""
+
+    event_type: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+    data: dict[str, Any] | None = None
+
+
+class NewEvent(Strict):
     """`POST /api/v1/events`. The key may come in the header `Idempotency-Key` instead."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    event_type: Annotated[str, Field(min_length=1, max_length=200)]
+    event_type: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     data: dict[str, Any]
-    idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY)] | None = None
 
 
-class Replay(BaseModel):
+class Replay(Strict):
     """`POST /api/v1/webhooks/{id}/replay`: of the events from `since` on, those that `failed` to arrive, or `all`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     since: Moment
     until: Moment | None = None
@@ -204,10 +226,8 @@ class Replay(BaseModel):
     dry_run: bool = False
 
 
-class Page(BaseModel):
+class Page(Strict):
     """The query of a listing."""
-
-    model_config = ConfigDict(extra="forbid")
 
     limit: int = Field(50, ge=1, le=200)
 
@@ -273,22 +293,34 @@ def query_of(model: type[M], query: QueryParams) -> M:
 
 
 def decoded(body: bytes) -> Any:
+    """JSON. Raises Refused, also for what no answer could show again."""
     try:
-        return from_json(body, allow_inf_nan=False)
-    except ValueError:
-        pass  # the json module, which the replaced service used, says what is wrong in the words that it had
+        value, is_unicode = from_json(body, allow_inf_nan=False), True
+    except ValueError:  # the json module, which the replaced service used, says what is wrong in the words that it had
+        value, is_unicode = decoded_by_json_module(body), False
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and is_too_deep(value):
+        raise not_json(0, TOO_DEEP.capitalize())
+    if not is_unicode and has_lone_surrogate(value):
+        raise not_json(0, "Lone surrogate")
+    return value
+
+
+def decoded_by_json_module(body: bytes) -> Any:
     try:
         return json.loads(body.decode(), parse_constant=no_constant)
     except UnicodeDecodeError as exc:
-        at, reason = exc.start, "Invalid UTF-8"
+        raise not_json(exc.start, "Invalid UTF-8") from None
     except json.JSONDecodeError as exc:
-        at, reason = exc.pos, exc.msg
+        raise not_json(exc.pos, exc.msg) from None
     except RecursionError:
-        at, reason = 0, "Nested too deeply"
+        raise not_json(0, TOO_DEEP.capitalize()) from None
     except ValueError as exc:
-        at, reason = 0, str(exc)
+        raise not_json(0, str(exc)) from None
+
+
+def not_json(at: int, reason: str) -> Refused:
     error = {"type": "json_invalid", "loc": ["body", at], "msg": "JSON decode error", "input": {}}
-    raise Refused([{**error, "ctx": {"error": reason}}])
+    return Refused([{**error, "ctx": {"error": reason}}])
 
 
 def no_constant(name: str) -> None:
@@ -327,7 +359,7 @@ def without_secrets(value: Any) -> Any:
         return [without_secrets(item) for item in value]
     if isinstance(value, str):
         return re.sub(r"//[^/?#]*@", f"//{MASK}@", printable(value))
-    return value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(value: Any) -> Any:

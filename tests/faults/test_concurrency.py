@@ -20,7 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from hookline import WebhookManager, schema
 from hookline.database import open_database
-db = open_database(sys.argv[1])
+db = open_database(sys.argv[1], create=True)
 schema.up(db)
 manager = WebhookManager(db=db)
 print("ready", flush=True)

@@ -1,0 +1,73 @@
+"""Below the routes: uvicorn's connections and its socket, with our own words where uvicorn answers by itself."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+ANSWER_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+BACKLOG = 2048  # connections that wait to be accepted
+NOT_HTTP = "This cannot be read as an HTTP/1.1 request: its method, path, headers or length is malformed"
+NO_UPGRADE = "Only HTTP/1.1 is spoken here: send the request without the header Upgrade"
+
+
+class Server(uvicorn.Server):
+    """Says where it serves, once it does."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = self.config.host, sockets[0].getsockname()[1]
+            print(f"Hookline serves on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """A listening socket for each address of `host`; port 0 is any free port. Raises OSError with a sentence."""
+    sockets: list[socket.socket] = []
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in addresses:
+            sockets.append(socket.create_server((address[0], port, *address[2:]), family=family, backlog=BACKLOG))
+            port = sockets[0].getsockname()[1]
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} on {host} is in use") from None
+        raise OSError(f"it cannot listen on HOST {host}, PORT {port}: {exc.strerror}") from None
+    return sockets
+
+
+class Protocol(HttpToolsProtocol):
+    """A connection. What is not HTTP is a 400 in JSON, and so is an upgrade that cannot just be ignored."""
+
+    refusal = NOT_HTTP
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and (self._get_upgrade() == b"websocket" or self.has_body()):
+            self.refusal = NO_UPGRADE
+            raise ValueError(NO_UPGRADE)  # ends in send_400_response
+        super().on_headers_complete()
+
+    def has_body(self) -> bool:
+        """The parser takes the body for what follows an upgrade, and drops it."""
+        headers = dict(self.headers)
+        return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Clients that would rather speak HTTP/2, such as `curl --http2`, are answered in HTTP/1.1."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps({"detail": self.refusal}).encode()
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            *ANSWER_HEADERS,
+        ]
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        self.transport.write(b"".join([STATUS_LINE[400], *lines, b"\r\n", body]))
+        self.transport.close()
