@@ -24,7 +24,8 @@ from weakref import WeakSet
 from peewee import Database, OperationalError, SqliteDatabase
 from playhouse.pool import MaxConnectionsExceeded, PooledDatabase, PooledSqliteDatabase
 
-WAIT = 1.0  # seconds that a fork waits for other threads to give back their connections to SQLite
+WAIT = 10.0  # seconds that a fork waits for other threads to give back their connections to SQLite
+LOOK = 0.02  # seconds between looks whether they have
 REFUSED = (
     "this process was forked while its parent used this SQLite database, so it cannot: fork outside of transactions, "
     "and while no other thread uses it, or start the process by spawn"
@@ -58,7 +59,7 @@ _held: list[Any] = []  # the pools that are held until the fork is done
 
 def follow(db: Database) -> None:
     """Keep the connections of this database to the process that opened them."""
-    if db.database != ":memory:":  # a child has its own copy of that
+    if ":memory:" not in str(db.database):  # a child has its own copy of that
         _databases.add(db)
 
 
@@ -78,7 +79,7 @@ def is_refused(db: Database) -> bool:
     """Must this process not use the file of this SQLite database, because its parent's handle is still open here?"""
     if not inherited or not isinstance(db, SqliteDatabase):
         return False
-    with suppress(OSError):
+    with suppress(OSError, TypeError):  # no file, or no name yet
         found = os.stat(db.database)
         return (found.st_dev, found.st_ino) in inherited
     return False
@@ -93,7 +94,7 @@ def _before() -> None:
             _held.append(pool)
             pool.is_forking = True  # nobody gets a connection now
             while _others(pool) and (left := deadline - time.monotonic()) > 0:
-                pool._pool_available.wait(left)
+                pool._pool_available.wait(min(left, LOOK))  # Peewee wakes one of those that wait, and not always us
             pool.close_idle()
 
 
@@ -104,8 +105,9 @@ def _pools() -> Iterator[Any]:
 
 
 def _others(pool: Any) -> bool:
-    """Do other threads have connections?"""
-    return any(key != id(pool._state.conn) for key in pool._in_use)
+    """Do other threads have connections that they will give back soon? What is held for long is held for good."""
+    own, since = id(pool._state.conn), time.time() - WAIT
+    return any(key != own and held.checked_out > since for key, held in pool._in_use.items())
 
 
 def _in_parent() -> None:

@@ -24,6 +24,7 @@ from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.errors import Conflict, NotFound
 from hookline.events import NewEvent, Published
+from hookline.legacy import MASK, legacy
 from hookline.policy import Rules
 from hookline.registration import MIN_SECRET, Registration, check, check_changes, check_rotation
 from hookline.storage import storage_of
@@ -31,7 +32,6 @@ from models import Subscription, Webhook, read_time, stored_time
 
 log = logging.getLogger("hookline")
 
-MASK = "***"
 WAITING = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
 
 REGISTER_COLUMNS = (
@@ -390,20 +390,3 @@ def shown(row: Sequence[Any]) -> dict[str, Any]:
     webhook["retry_schedule"] = json.loads(webhook["retry_schedule"]) if webhook["retry_schedule"] else None
     webhook["headers"] = dict.fromkeys(json.loads(webhook["headers"]), MASK) if webhook["headers"] else {}
     return webhook
-
-
-def legacy(webhook: Mapping[str, Any]) -> dict[str, Any]:
-    """A webhook in the order and form of the replaced service."""
-    return {
-        "url": webhook["url"],
-        "events": webhook["events"],
-        "secret": MASK,
-        "team": webhook["team"],
-        "created_at": clock.legacy_time(webhook["created_at"]),
-        "total_calls": webhook["total_calls"],
-        "failed_calls": webhook["failed_calls"],
-        "last_success": clock.legacy_time(webhook["last_success"]),
-        "last_failure": clock.legacy_time(webhook["last_failure"]),
-        "enabled": webhook["enabled"],
-        "id": webhook["webhook_id"],
-    }

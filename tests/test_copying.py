@@ -59,7 +59,7 @@ def fill(db: Database) -> None:
         manager.register(f"http://example.com/{n}", ["goal"], SECRET + text, text or None, description=text)
         for n, text in enumerate(AWKWARD)
     ]
-    ids.append(manager.register("http://example.com/", ["goal", "*"], SECRET, headers={"X-Own": "ä"}))
+    ids.append(manager.register("http://example.com/", ["goal", "*"], SECRET, headers={"X-Own": "mine"}))
     manager.update(ids[-1], {"rate_limit": 0.1, "ordered": True, "retry_schedule": [1.5, 2]})
     manager.update(ids[0], {"enabled": False})
     for text in AWKWARD:

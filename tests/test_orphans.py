@@ -22,7 +22,7 @@ TABLES = ("lanes", "subscriptions", "deliveries", "attempts", "imports", "replay
 
 @pytest.fixture
 def without_foreign_keys(place: Place) -> Database:
-    db = SqliteDatabase(place.file)
+    db = SqliteDatabase(str(place.file))
     models.db.initialize(db)
     return db
 
@@ -39,7 +39,7 @@ def test_a_database_of_the_callers_own_without_foreign_keys_is_refused(
         publish("a", {})
     without_foreign_keys.close()
 
-    checked = SqliteDatabase(place.file, pragmas={"foreign_keys": 1})
+    checked = SqliteDatabase(str(place.file), pragmas={"foreign_keys": 1})
     models.db.initialize(checked)
     manager = WebhookManager(db=checked)
     webhook_id = manager.register("http://example.com/", ["a"], SECRET)

@@ -79,7 +79,7 @@ def terminal(script: str, folder: Path, until: str, **more: str) -> Iterator[tup
     )
     assert process.stdout is not None
     try:
-        lines = []
+        lines: list[str] = []
         while not (lines and lines[-1].startswith(until)):
             line = process.stdout.readline()
             assert line, lines

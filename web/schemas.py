@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse
 
 from hookline import registration
 from hookline.events import MAX_DEPTH, MAX_KEY, TOO_DEEP, has_lone_surrogate, is_too_deep
+from hookline.legacy import MASK
 from hookline.registration import (
     MAX_DESCRIPTION,
     MAX_EVENTS,
@@ -44,7 +45,6 @@ from hookline.registration import (
     MIN_WAIT,
     text_problem,
 )
-from hookline.webhooks import MASK
 
 SECRET_NAMES = ("secret", "headers")  # what a 422 must not echo
 
