@@ -23,6 +23,7 @@ from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.errors import HooklineError
 from hookline.failures import reason
+from hookline.logs import OneLine
 from hookline.policy import Rules
 from hookline.storage import Storage, storage_of
 from hookline.webhooks import WebhookManager
@@ -87,7 +88,8 @@ def worker_of(config: settings.Settings, storage: Storage) -> Worker:
         concurrency=config.worker_concurrency,
         retention=config.retention,
     )
-    client = Client(allowed=config.allowed_networks, timeout=config.delivery_timeout)
+    own = (config.host, config.port)
+    client = Client(allowed=config.allowed_networks, timeout=config.delivery_timeout, own=own)
     return Worker(storage, client, rules, config.max_payload)
 
 
@@ -118,7 +120,9 @@ def quiet_gc() -> None:
 
 def start_logging(level: str) -> None:
     """Log to stderr: of ours what has this level, of others warnings. Peewee's debug lines hold secrets."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("hookline").setLevel(level.upper())
 
 
@@ -130,6 +134,8 @@ def main() -> None:
         sockets = listen(config.host, config.port)
     except OSError as exc:
         sys.exit(f"Hookline cannot start: {exc}")
+    if app.state.worker is not None:
+        app.state.worker.client.own = (config.host, sockets[0].getsockname()[1])  # PORT may be 0
     serving = uvicorn.Config(
         app,
         host=config.host,
@@ -138,6 +144,7 @@ def main() -> None:
         ws="none",
         workers=1,
         log_level=config.log_level,
+        log_config=None,  # what strangers sent is in its lines, too: they are written as ours
         access_log=config.log_level == "debug",
         proxy_headers=bool(config.trusted_proxies),
         forwarded_allow_ips=[str(network) for network in config.trusted_proxies],  # not those of FORWARDED_ALLOW_IPS

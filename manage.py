@@ -6,12 +6,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import gc
+import getpass
 import json
+import math
+import os
 import signal
+import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +29,7 @@ from peewee import Database, PeeweeException
 
 import models
 import settings
-from hookline import clock, copying, events, imports, notices, retention, schema, signing, transfer
+from hookline import clock, copying, events, imports, notices, receiving, retention, schema, signing, transfer
 from hookline.database import open_database, require_reachable
 from hookline.errors import HooklineError, Invalid, visible
 from hookline.failures import UNKNOWN, reason
@@ -32,7 +38,33 @@ from hookline.storage import storage_of
 SHOWN_PROBLEMS = 1000
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """Whatever goes wrong is one line: file names and input may hold anything, and stdout may be full."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.ClickException as exc:
+        exc.message = visible(exc.message)  # type: ignore[misc]
+        raise
+    except OSError as exc:
+        if exc.errno == errno.EPIPE:  # whoever read what we print has gone
+            raise
+        where = f"{exc.filename}: " if exc.filename else ""
+        raise click.ClickException(visible(f"{where}{exc.strerror or exc}")) from exc
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Hookline's database, its worker, and tools for trying deliveries out."""
 
@@ -69,9 +101,9 @@ def with_errors(command: Callable[..., None]) -> Callable[..., None]:
             show_problems(exc)
             cause = exc.__cause__ if str(exc) == UNKNOWN else None  # here its own words may be shown
             why = f"the database cannot be used: {reason(cause)}" if cause else str(exc)
-            raise click.ClickException(visible(why)) from exc
+            raise click.ClickException(why) from exc
         except PeeweeException as exc:
-            raise click.ClickException(f"the database refused: {visible(reason(exc))}") from exc
+            raise click.ClickException(f"the database refused: {reason(exc)}") from exc
 
     return run
 
@@ -257,6 +289,8 @@ def publish(db: Database, event_type: str, data: str, idempotency_key: str | Non
         content = json.loads(data)
     except ValueError as exc:
         raise click.ClickException(f"DATA is not JSON: {exc}") from exc
+    except RecursionError as exc:
+        raise click.ClickException("DATA is nested too deep") from exc
     published = events.publish_one(db, events.NewEvent(event_type, content, idempotency_key))
     again = ", published before" if published.duplicate else ""
     click.echo(f"{published.event_id}: {published.deliveries} deliveries{again}")
@@ -286,16 +320,34 @@ def purge(db: Database, older_than: float | None, dry_run: bool) -> None:
     click.echo(f"{'would purge' if dry_run else 'purged'}: {events_} events, {deliveries} deliveries")
 
 
+def secret_given(context: click.Context, parameter: click.Parameter, secret: str | None) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", getpass.GetPassWarning)
+        try:
+            secret = secret or click.prompt("Secret", hide_input=True)
+        except getpass.GetPassWarning as exc:  # there is no terminal to ask on
+            raise click.UsageError("give the webhook's secret by WEBHOOK_SECRET or --secret") from exc
+    if not signing.is_utf8(secret):
+        raise click.BadParameter("it is not UTF-8.")
+    return secret
+
+
 secret_option = click.option(
-    "--secret", envvar="WEBHOOK_SECRET", prompt=True, hide_input=True, help="The webhook's secret (or WEBHOOK_SECRET)."
+    "--secret", envvar="WEBHOOK_SECRET", callback=secret_given, help="The webhook's secret (or WEBHOOK_SECRET)."
 )
+
+
+def finite(context: click.Context, parameter: click.Parameter, moment: float | None) -> float | None:
+    if moment is not None and not math.isfinite(moment):
+        raise click.BadParameter(f"{moment} is no time.")
+    return moment
 
 
 @main.command()
 @click.argument("file", type=click.File("rb"), default="-")
 @click.option("--header", "headers", multiple=True, help="A header that was received, as 'name: value'. Give each.")
 @secret_option
-@click.option("--at", type=float, help="When it was received, in unix seconds; now unless given.")
+@click.option("--at", type=float, callback=finite, help="When it was received, in unix seconds; now unless given.")
 def verify(file: BinaryIO, headers: tuple[str, ...], secret: str, at: float | None) -> None:
     """Does the signature of a delivery hold? If not: why. FILE holds the raw body as it was received."""
     given = {name.strip(): value.strip() for name, _, value in (header.partition(":") for header in headers)}
@@ -305,28 +357,17 @@ def verify(file: BinaryIO, headers: tuple[str, ...], secret: str, at: float | No
 
 
 @main.command()
-@click.option("--port", default=8006, show_default=True)
-@click.option("--status", default=200, show_default=True, help="What to answer.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8006, show_default=True, help="0: any that is free.")
+@click.option("--status", type=click.IntRange(200, 599), default=200, show_default=True, help="What to answer.")
 @secret_option
 def listen(port: int, status: int, secret: str) -> None:
     """Receive deliveries on 127.0.0.1 and print each, with whether its signature holds. For trying things out."""
-    from aiohttp import web
-
-    async def receive(request: web.Request) -> web.Response:
-        body = await request.read()
-        problem = signing.problem(dict(request.headers), body, secret, time.time())
-        kind = request.headers.get("X-Webhook-Event", "no event type")
-        click.echo(f"{kind}: {body.decode(errors='replace')}")
-        click.echo(f"  signature: {'does not hold: ' + problem if problem else 'holds'}")
-        return web.Response(status=status)
-
-    application = web.Application(client_max_size=16 * 1024**2)
-    application.router.add_post("/{path:.*}", receive)
     try:
-        click.echo(f"listening on http://127.0.0.1:{port}; stop with Ctrl-C")
-        web.run_app(application, host="127.0.0.1", port=port, print=None, access_log=None)
+        listener = socket.create_server(("127.0.0.1", port))
     except OSError as exc:
-        raise click.ClickException(f"port {port} cannot be used: {exc.strerror}") from exc
+        raise click.ClickException(f"port {port} cannot be used: {os.strerror(exc.errno or 0)}") from exc
+    click.echo(f"listening on http://127.0.0.1:{listener.getsockname()[1]}; stop with Ctrl-C")
+    receiving.run(listener, status, secret, click.echo)
 
 
 @contextmanager

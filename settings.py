@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from dotenv import dotenv_values
 
@@ -61,8 +61,9 @@ class Settings:
 def load(environ: Mapping[str, str] | None = None) -> Settings:
     """The settings of this process: the environment, then `.env`, then the defaults. Raises BadSetting."""
     if environ is None:
-        environ = {**{k: v for k, v in dotenv_values(".env").items() if v is not None}, **os.environ}
+        environ = {**_file(), **os.environ}
     given = {name: value.strip() for name, value in environ.items() if value.strip()}
+    _require_text(given)
     found = Settings(
         database_url=_database_url(given.get("DATABASE_URL", Settings.database_url)),
         database_pool=_count("DATABASE_POOL", given.get("DATABASE_POOL", str(Settings.database_pool))),
@@ -91,6 +92,24 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     return found
 
 
+def _file() -> dict[str, str]:
+    """What `.env` says, if it is there."""
+    try:
+        return {name: value for name, value in dotenv_values(".env").items() if value is not None}
+    except UnicodeDecodeError as exc:
+        raise BadSetting(f"the file .env is not UTF-8, from its byte {exc.start} on") from exc
+    except OSError as exc:
+        raise BadSetting(f"the file .env cannot be read: {exc.strerror}") from exc
+
+
+def _require_text(given: Mapping[str, str]) -> None:
+    """The environment may hold any bytes: those that are no UTF-8 reach us as lone surrogates."""
+    for field in fields(Settings):
+        name = field.name.upper()
+        if not re.fullmatch(r"[^\0\ud800-\udfff]*", given.get(name, "")):
+            raise BadSetting(f"{name} is not UTF-8, or has a NUL character")
+
+
 def _database_url(text: str) -> str:
     if not re.fullmatch(r"sqlite:///.+|postgres(ql)?://.+", text):
         raise BadSetting("DATABASE_URL must be like sqlite:///data/webhooks.db or postgresql://user:password@host/name")
@@ -113,7 +132,7 @@ def _require_lasting(url: str, environ: Mapping[str, str]) -> None:
 
 
 def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise BadSetting(f"PORT must be a number from 0 to 65535, not {text!r}")
     return int(text)
 
@@ -136,7 +155,7 @@ def _boolean(name: str, text: str) -> bool:
 
 
 def _size(name: str, text: str) -> int:
-    match = re.fullmatch(r"(\d{1,12})\s*([KMG]iB|B|)", text)
+    match = re.fullmatch(r"([0-9]{1,12})\s*([KMG]iB|B|)", text)
     if match is None or int(match[1]) == 0:
         raise BadSetting(f"{name} must be a size like 256KiB or 1MiB, not {text!r}")
     return int(match[1]) * SIZES[match[2]]
@@ -150,14 +169,14 @@ def _networks(name: str, text: str) -> tuple[Network, ...]:
 
 
 def _count(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 10_000):
+    if not (re.fullmatch(r"[0-9]{1,5}", text) and 1 <= int(text) <= 10_000):
         raise BadSetting(f"{name} must be a number from 1 to 10000, not {text!r}")
     return int(text)
 
 
 def duration(name: str, text: str) -> float:
     """Seconds, from text such as `30d`. Raises BadSetting that names the setting."""
-    match = re.fullmatch(r"(\d{1,9})(ms|s|m|h|d)", text)
+    match = re.fullmatch(r"([0-9]{1,9})(ms|s|m|h|d)", text)
     seconds = int(match[1]) * DURATIONS[match[2]] if match else 0
     if not 0 < seconds <= LONGEST:
         raise BadSetting(f"{name} must be a duration like 500ms, 5s, 2m, 5h or 30d, up to 36500d, not {text!r}")

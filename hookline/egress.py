@@ -2,48 +2,52 @@
 
 The check sits on the socket, right before it connects, so it sees literals in every spelling and each DNS answer as it
 is used: there is no moment in between to swap it (DNS rebinding). `post` never raises for the peer's faults.
+
+What an attempt records of a refused name holds no address: whoever may register a webhook would otherwise learn the
+addresses behind the operator's internal names. The operator's log has them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
+import os
 import re
 import socket
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from hookline import clock
+from hookline.addresses import BAD_PORTS, Address, is_public, with_embedded
+from hookline.errors import visible
 from hookline.policy import Result
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Listening = tuple[str, int]  # host and port
 
-HOST = re.compile(r"(?i)https?://(?:[^/?#@]*@)?(\[[^\]]*\]|[^/?#:]*)")
+HOST = re.compile(r"(?i)https?://(?:[^/?#@]*@)?(\[[^\]]*\]|[^/?#:]*)(?::([0-9]{1,5})(?![^/?#]))?")
 KEPT = 1024  # bytes of an answer
+QUIET = 60.0  # seconds between two lines in the log about one host
+MAX_QUIET = 1000  # hosts that are remembered for that
+TO_ALLOW = "to allow it, add its network to ALLOWED_NETWORKS"
+NAME_REFUSED = (
+    "what the endpoint's name leads to is not a public address: to allow it, the operator adds its network to "
+    "ALLOWED_NETWORKS"
+)
+OWN_REFUSED = "this service listens there: it does not deliver to itself"
 
-# What `ipaddress` calls global and yet leads back inside, or to no single host.
-ALSO_REFUSED = [
-    ipaddress.ip_network(text)
-    for text in (
-        "64:ff9b::/96",  # NAT64: an IPv4 address behind a gateway (RFC 6052)
-        "64:ff9b:1::/48",
-        "2002::/16",  # 6to4 (RFC 3056)
-        "fec0::/10",  # site-local, deprecated (RFC 3879)
-        "3fff::/20",  # documentation (RFC 9637)
-        "5f00::/16",  # segment routing (RFC 9602)
-        "192.88.99.0/24",  # 6to4 relays (RFC 7526)
-        "168.63.129.16/32",  # a cloud's own services
-    )
-]
+log = logging.getLogger("hookline")
 
 
 class Refused(OSError):
@@ -52,61 +56,118 @@ class Refused(OSError):
 
 def refusal(address: str, allowed: Sequence[Network]) -> str | None:
     """Why the guard refuses this address, in a sentence that names the setting; None if it lets it through."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    for face in faces(ip):
-        if not is_public(face) and not any(face in network for network in allowed if network.version == face.version):
-            return f"{face} is not a public address: to allow it, add its network to ALLOWED_NETWORKS"
+    for ip in with_embedded(ip_of(address)):
+        if not is_public(ip) and not is_allowed(ip, allowed):
+            return f"{ip} is not a public address: {TO_ALLOW}"
     return None
 
 
-def faces(ip: Address) -> list[Address]:
-    """An address, and the IPv4 addresses that it stands for or leads to."""
-    if isinstance(ip, ipaddress.IPv4Address):
-        return [ip]
-    if ip.ipv4_mapped is not None:
-        return [ip.ipv4_mapped]
-    found: list[Address] = [ip]
-    if ip.sixtofour is not None:
-        found.append(ip.sixtofour)
-    if ip in ALSO_REFUSED[0]:
-        found.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return found
+def port_refusal(address: str, port: int, allowed: Sequence[Network]) -> str | None:
+    """Why the guard refuses this port, which no endpoint has; None if it, or the address, is allowed."""
+    if port not in BAD_PORTS or all(is_allowed(ip, allowed) for ip in with_embedded(ip_of(address))):
+        return None
+    return port_sentence(port)
 
 
-def is_public(ip: Address) -> bool:
-    return ip.is_global and not ip.is_multicast and not any(ip in network for network in ALSO_REFUSED)
+def port_sentence(port: int) -> str:
+    return f"port {port} is blocked: to allow it, add the address's network to ALLOWED_NETWORKS"
+
+
+def ip_of(address: str) -> Address:
+    return ipaddress.ip_address(address.partition("%")[0])
+
+
+def is_allowed(ip: Address, allowed: Sequence[Network]) -> bool:
+    return any(ip in network for network in allowed if network.version == ip.version)
 
 
 def literal_refusal(url: str, allowed: Sequence[Network]) -> str | None:
-    """The guard's opinion of a URL whose host is an address, or a name that always means this machine."""
+    """The guard's opinion of a URL whose host is an address, or a name that always means this machine.
+
+    Of another name only its port can be told, and only while no network is allowed.
+    """
     match = HOST.match(url)
-    return literal_host_refusal(match[1].lower(), tuple(allowed)) if match else None
+    if match is None:
+        return None
+    host = unicodedata.normalize("NFKC", match[1]).replace("\u3002", ".")  # as names are read: full-width digits, dots
+    return literal_host_refusal(host.lower(), int(match[2] or 80), tuple(allowed))
 
 
 @lru_cache(maxsize=10_000)
-def literal_host_refusal(host: str, allowed: tuple[Network, ...]) -> str | None:
+def literal_host_refusal(host: str, port: int, allowed: tuple[Network, ...]) -> str | None:
     host = host.strip("[]").rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
         host = "127.0.0.1"
     try:
-        ipaddress.ip_address(host)
+        ip_of(host)
     except ValueError:
         try:
             host = socket.inet_ntoa(socket.inet_aton(host))  # 127.1, 0x7f.1, 2130706433
-        except OSError:
-            return None
-    return refusal(host, allowed)
+        except (OSError, ValueError):
+            return port_sentence(port) if port in BAD_PORTS and not allowed else None
+    return refusal(host, allowed) or port_refusal(host, port, allowed)
+
+
+def leads_here(address: tuple[Any, ...], own: Listening | None) -> bool:
+    """Does a socket that connects to this address reach what this process listens on?"""
+    if own is None or address[1] != own[1]:
+        return False
+    reached = with_embedded(ip_of(address[0]))
+    if any(ip.is_loopback or ip.is_unspecified for ip in reached):
+        return True
+    try:
+        bound = ip_of(own[0])
+    except ValueError:  # a name: any address of this machine
+        bound = ipaddress.IPv4Address(0)
+    if not bound.is_unspecified:
+        return bound in reached
+    return is_local(address[0]) or any(is_local(str(ip)) for ip in reached)
+
+
+def is_local(address: str) -> bool:
+    """Is it an address of this machine? Only such can be bound."""
+    try:
+        family, kind, _, _, found = socket.getaddrinfo(
+            address, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(found)
+            return True
+    except OSError:
+        return False
+
+
+class Attempt:
+    """What the guard learns during one call of `post`. Sockets are made in its context."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.refusal: str | None = None  # of one of the addresses at least; for the attempt log
+
+
+attempt_of_context: ContextVar[Attempt] = ContextVar("attempt")
 
 
 class Client:
-    """Posts deliveries. `timeout`: seconds for everything up to the last byte read of the answer."""
+    """Posts deliveries. `timeout`: seconds for everything up to the last byte read of the answer.
+
+    `own`: where this process listens. It never connects there, allowed or not: a delivery to itself would be answered
+    by another delivery.
+    """
 
     def __init__(
-        self, *, allowed: Sequence[Network] = (), timeout: float = 15, resolver: AbstractResolver | None = None
+        self,
+        *,
+        allowed: Sequence[Network] = (),
+        timeout: float = 15,
+        own: Listening | None = None,
+        resolver: AbstractResolver | None = None,
     ) -> None:
         self.allowed = tuple(allowed)
         self.timeout = timeout
+        self.own = own
         self._resolver = resolver
+        self._warned: dict[str, float] = {}  # by host: when, of time.monotonic()
 
     async def start(self) -> None:
         connector = aiohttp.TCPConnector(
@@ -130,6 +191,8 @@ class Client:
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Result:
         """One attempt."""
         started_at, start = clock.now(), time.perf_counter()
+        attempt = Attempt(url)
+        attempt_of_context.set(attempt)
         try:
             answer = await self._session.post(parsed(url), data=body, headers=headers, allow_redirects=False)
             try:
@@ -144,7 +207,7 @@ class Client:
                 found["error"] = sentence_for_status(answer.status)
                 found["retry_after"] = retry_after(answer.headers.get("Retry-After"), started_at)
         except Exception as exc:
-            found = {"error": self._sentence_for(exc)}
+            found = {"error": self._sentence_for(exc, attempt)}
         return Result(started_at, round((time.perf_counter() - start) * 1000), **found)
 
     async def _beginning(self, answer: aiohttp.ClientResponse) -> bytes:
@@ -164,19 +227,38 @@ class Client:
     def _socket(self, info: tuple[Any, ...]) -> socket.socket:
         family, kind, protocol, _, address = info
         if (reason := refusal(address[0], self.allowed)) is not None:
-            raise Refused(reason)
+            attempt = attempt_of_context.get()
+            self._refuse(attempt, reason, literal_refusal(attempt.url, self.allowed) or NAME_REFUSED)
+        if (reason := port_refusal(address[0], address[1], self.allowed)) is not None:
+            self._refuse(attempt_of_context.get(), reason, reason)
+        if leads_here(address, self.own):
+            self._refuse(attempt_of_context.get(), f"{address[0]}: {OWN_REFUSED}", OWN_REFUSED)
         return socket.socket(family, kind, protocol)
 
-    def _sentence_for(self, exc: Exception) -> str:
+    def _refuse(self, attempt: Attempt, logged: str, recorded: str) -> NoReturn:
+        host, now = parsed(attempt.url).host or "", time.monotonic()
+        if now - self._warned.get(host, -QUIET) >= QUIET:
+            if len(self._warned) >= MAX_QUIET:
+                self._warned.clear()
+            self._warned[host] = now
+            log.warning("no delivery to %s: %s", visible(host), logged)
+        attempt.refusal = recorded
+        raise Refused(recorded)
+
+    def _sentence_for(self, exc: Exception, attempt: Attempt) -> str:
         """What went wrong, as recorded data. No text of the exception's own: it may hold the URL's password."""
         if isinstance(exc, TimeoutError | asyncio.TimeoutError):
             return f"timed out after {self.timeout:g} s"
+        if isinstance(exc, aiohttp.InvalidURL | aiohttp.ClientConnectorDNSError) and (
+            literal := literal_refusal(attempt.url, self.allowed)
+        ):
+            return literal
         if isinstance(exc, aiohttp.ClientConnectorDNSError):
             return "DNS lookup failed"
         if isinstance(exc, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
             return "TLS failed: " + (tls_reason(exc) or "the certificate does not verify")
         if isinstance(exc, aiohttp.ClientConnectorError):
-            return connect_reason(exc.os_error)
+            return attempt.refusal or connect_reason(exc.os_error)
         for kind, sentence in SENTENCES.items():
             if isinstance(exc, kind):
                 return sentence
@@ -195,12 +277,10 @@ SENTENCES: dict[type[Exception], str] = {
 
 
 def connect_reason(error: OSError) -> str:
-    if isinstance(error, Refused):
-        return str(error)
+    """In the system's words: the exception's own name addresses."""
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
-    refused = [one for one in getattr(error, "exceptions", ()) if isinstance(one, Refused)]
-    return str(refused[0]) if refused else f"cannot connect: {error.strerror or type(error).__name__}"
+    return f"cannot connect: {os.strerror(error.errno)}" if error.errno else "cannot connect to any of its addresses"
 
 
 def tls_reason(exc: Exception) -> str | None:

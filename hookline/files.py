@@ -57,10 +57,17 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Raises Invalid if it cannot be written; readers see the old file or the new one, whole."""
-    temporary = write_temporary(path, content)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    """Raises Invalid if it cannot be written; readers see the old file or the new one, whole. A link stays one."""
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise Invalid(f"{path} cannot be written: it is not a file")  # but a device, such as /dev/full
+    temporary = write_temporary(target, content)
+    try:
+        os.replace(temporary, target)
+    except OSError as exc:
+        temporary.unlink()
+        raise Invalid(f"{path} cannot be written: {exc.strerror}") from exc
+    sync_folder(target.parent)
 
 
 def write_temporary(path: Path, content: bytes) -> Path:

@@ -8,7 +8,6 @@ Standard Webhooks    `webhook-signature`: `v1,` + base64 HMAC-SHA256 of `id.time
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -35,7 +34,7 @@ def key_of(secret: str) -> bytes:
     encoded = secret.removeprefix(PREFIX)
     try:
         return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
-    except binascii.Error:
+    except ValueError:
         return secret.encode()  # imported as it was: the replaced service took anything
 
 
@@ -99,15 +98,17 @@ def problem(headers: Mapping[str, str], body: bytes, secret: str, now: float) ->
     """Why these headers do not prove that the body came from who holds the secret; None if they do.
 
     Takes the Standard Webhooks headers, and the legacy one where there are no others. Names of headers are compared
-    without case. Never raises for what the other side sent.
+    without case. Never raises, whatever these are.
     """
     given = {name.lower(): value for name, value in headers.items()}
-    if not secret:
+    if not secret.removeprefix(PREFIX):
         return "the secret is empty"
+    if not is_utf8(secret):
+        return "the secret is not UTF-8"
     if "webhook-signature" in given:
         return _standard_problem(given, body, secret, now)
     if "x-webhook-signature" in given:
-        signature = given["x-webhook-signature"].encode()
+        signature = given["x-webhook-signature"].encode(errors="replace")
         return _difference(lambda other: hmac.compare_digest(signature, legacy_signature(secret, other).encode()), body)
     return "there is neither a webhook-signature nor an X-Webhook-Signature header"
 
@@ -120,7 +121,9 @@ def _standard_problem(given: Mapping[str, str], body: bytes, secret: str, now: f
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         return "the header webhook-timestamp is not a number of seconds"
     timestamp, event_id = int(text), given["webhook-id"]
-    signatures = [one for one in given["webhook-signature"].split() if one.startswith("v1,")]
+    if not is_utf8(event_id):
+        return "the header webhook-id is not UTF-8"
+    signatures = [one for one in given["webhook-signature"].split() if one.startswith("v1,") and one.isascii()]
     if not any(one[3:] for one in signatures):
         return "the header webhook-signature holds no v1 signature"
 
@@ -130,7 +133,7 @@ def _standard_problem(given: Mapping[str, str], body: bytes, secret: str, now: f
 
     if (difference := _difference(holds, body)) is not None:
         return difference
-    if abs(now - timestamp) > TOLERANCE:
+    if not abs(now - timestamp) <= TOLERANCE:  # nor if now is no number
         late = "ago" if now > timestamp else "ahead"
         return f"the signature holds, but it was made {abs(now - timestamp):.0f} s {late}: check the clock, or a replay"
     return None
@@ -149,9 +152,18 @@ def rewritten(body: bytes) -> Iterator[tuple[str, bytes]]:
     yield "given a line break at its end", body.removesuffix(b"\n").removesuffix(b"\r")
     try:
         value = json.loads(body)
-    except ValueError:
+        for ascii_only in (True, False):
+            for separators in ((",", ":"), (", ", ": ")):
+                text = json.dumps(value, ensure_ascii=ascii_only, separators=separators)
+                yield "parsed and written again (verify the raw bytes)", text.encode(errors="surrogatepass")
+    except (ValueError, RecursionError):
         return
-    for ascii_only in (True, False):
-        for separators in ((",", ":"), (", ", ": ")):
-            text = json.dumps(value, ensure_ascii=ascii_only, separators=separators)
-            yield "parsed and written again (verify the raw bytes)", text.encode(errors="surrogatepass")
+
+
+def is_utf8(text: str) -> bool:
+    """Can it be encoded? Python gives bytes that are no UTF-8, of a header or a setting, as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

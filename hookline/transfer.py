@@ -136,6 +136,8 @@ def export_file(db: Database, path: Path, progress: Progress | None = None) -> i
 
 
 def read_bytes(path: Path) -> bytes:
+    if path.is_char_device():
+        raise Invalid(f"{path} cannot be read: it is not a file")  # and may have no end, such as /dev/zero
     try:
         return path.read_bytes()
     except OSError as exc:

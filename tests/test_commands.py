@@ -6,9 +6,11 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,193 @@ def test_ctrl_c_in_the_middle_of_a_progress_bar_gives_the_cursor_back(place: Pla
 
 
 HIDDEN, SHOWN = b"\x1b[?25l", b"\x1b[?25h"
+
+
+# Hostile input: one clear line, never a traceback, and nothing that a terminal would obey
+
+DEEP = "[" * 100_000
+UNPRINTABLE = re.compile(r"[^\n\x20-\x7e]")
+
+
+def refused(done: subprocess.CompletedProcess[str], status: int, sentence: str) -> None:
+    assert done.returncode == status, done
+    assert done.stderr.splitlines()[-1] == f"Error: {sentence}"
+    assert "Traceback" not in done.stderr
+    assert not UNPRINTABLE.search(done.stdout + done.stderr)
+
+
+@only_sqlite
+@pytest.mark.parametrize("data", [DEEP, '{"a":' * 20_000 + "1" + "}" * 20_000], ids=["open", "closed"])
+def test_publish_refuses_deeply_nested_json_in_one_line(place: Place, data: str) -> None:
+    refused(manage(place, "publish", "a", data), 1, "DATA is nested too deep")
+
+
+def tools(tmp_path: Path, *arguments: str | bytes, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A command that needs no database, with any bytes as its arguments."""
+    command = [sys.executable, str(ROOT / "manage.py"), *arguments]
+    env = environment(**settings)
+    return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, input="")
+
+
+def test_verify_says_of_deeply_nested_json_that_it_does_not_hold(tmp_path: Path) -> None:
+    (tmp_path / "body").write_text(DEEP)
+    done = tools(tmp_path, "verify", "body", "--header", "X-Webhook-Signature: abc", WEBHOOK_SECRET=SECRET)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout == f"it does not hold: {signing.OTHER_SECRET}\n"
+
+
+@pytest.mark.parametrize("moment", ["nan", "inf", "-inf", "1e999"])
+def test_verify_refuses_what_is_no_time(tmp_path: Path, moment: str) -> None:
+    (tmp_path / "body").write_bytes(b"{}")
+    done = tools(tmp_path, "verify", "body", *signed_headers(b"{}", 1), "--at", moment, WEBHOOK_SECRET=SECRET)
+    refused(done, 2, f"Invalid value for '--at': {float(moment)} is no time.")
+
+
+@pytest.mark.parametrize("command", ["verify", "listen"])
+def test_a_secret_that_is_not_utf_8_is_refused(tmp_path: Path, command: str) -> None:
+    sentence = "Invalid value for '--secret': it is not UTF-8."
+    refused(tools(tmp_path, command, "--secret", b"\xff" * 16), 2, sentence)
+    refused(tools(tmp_path, command, WEBHOOK_SECRET="\udcff" * 16), 2, sentence)
+
+
+@pytest.mark.parametrize("command", ["verify", "listen"])
+def test_without_a_secret_and_a_terminal_to_ask_on_it_is_said_how_to_give_it(tmp_path: Path, command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "manage.py"), command],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        input="",
+        start_new_session=True,  # away from the terminal of whoever runs the tests
+    )
+    refused(done, 2, "give the webhook's secret by WEBHOOK_SECRET or --secret")
+
+
+@pytest.mark.parametrize(("option", "least", "most"), [("--port", 0, 65535), ("--status", 200, 599)])
+@pytest.mark.parametrize("number", ["99999", "-1", "9" * 50])
+def test_listen_refuses_numbers_that_are_no_port_and_no_status(
+    tmp_path: Path, option: str, least: int, most: int, number: str
+) -> None:
+    done = tools(tmp_path, "listen", option, number, WEBHOOK_SECRET=SECRET)
+    refused(done, 2, f"Invalid value for '{option}': {number} is not in the range {least}<=x<={most}.")
+
+
+def test_listen_says_in_one_line_that_its_port_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = tools(tmp_path, "listen", "--port", str(port), WEBHOOK_SECRET=SECRET)
+    refused(done, 1, f"port {port} cannot be used: Address already in use")
+    assert done.stdout == ""
+
+
+@contextlib.contextmanager
+def listening(folder: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    command = [sys.executable, str(ROOT / "manage.py"), "listen", "--port", "0"]
+    env = environment(WEBHOOK_SECRET=SECRET)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=env, cwd=folder, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None
+    try:
+        first = process.stdout.readline()
+        yield int(first.rpartition(":")[2].partition(";")[0]), process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+def send(port: int, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(request)
+        return connection.recv(1024)
+
+
+def test_what_strangers_send_to_listen_cannot_command_the_terminal(tmp_path: Path) -> None:
+    with listening(tmp_path) as (port, process):
+        body = "\x1b[2J\r\nsignature: holds\u202e\x00 ☃".encode() + b"\xff"
+        head = f"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n".encode()
+        assert send(port, head + b"X-Webhook-Event: go\xffal\xe2\x80\xae\r\n\r\n" + body).startswith(b"HTTP/1.1 200")
+        for garbage in (b"GARBAGE \x1b[2J\r\n\r\n", b"POST /\x1b[2J HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + b"x" * 99):
+            send(port, garbage)
+        zipped = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"
+        assert send(port, zipped).startswith(b"HTTP/1.")
+        process.send_signal(signal.SIGINT)
+        printed, complained = process.communicate(timeout=30)
+    assert (process.returncode, complained) == (0, "")
+    lines = printed.splitlines()
+    assert lines[0] == "go\\udcffal\\u202e: \\x1b[2J\\r\\nsignature: holds\\u202e\\x00 ☃\ufffd"
+    assert lines[1].startswith("  signature: does not hold: there is neither")
+    assert all(line.startswith("a request could not be read: ") for line in lines[2:])
+    assert len(lines) > 3
+    assert all(line.isprintable() for line in lines)
+
+
+def test_listen_ends_when_nobody_reads_what_it_prints(tmp_path: Path) -> None:
+    with listening(tmp_path) as (port, process):
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        with contextlib.suppress(ConnectionError):
+            send(port, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+        assert process.wait(30) == 1
+        assert process.stderr.read() == ""
+        process.stdout = None
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("verify", "body", "--secret", SECRET)])
+def test_a_full_disk_behind_stdout_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full here")
+    (tmp_path / "body").write_bytes(b"{}")
+    command = [sys.executable, str(ROOT / "manage.py"), *arguments]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command, env=environment(), cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("verify", "x\x1b[2J", "--secret", SECRET), ("x\x1b[2J",), ("verify", "--x\x1b[2J")]
+)
+def test_what_a_message_repeats_of_the_command_line_is_escaped(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    ours, theirs = os.openpty()  # click takes control characters out where there is no terminal
+    command = [sys.executable, str(ROOT / "manage.py"), *arguments]
+    process = subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    printed = b""
+    with contextlib.suppress(OSError):
+        while more := os.read(ours, 4096):
+            printed += more
+    os.close(ours)
+    assert process.wait(60) == 2
+    assert b"\\x1b[2J" in printed and b"\x1b" not in printed
+
+
+@only_sqlite
+@pytest.mark.parametrize("command", ["export", "import"])
+@pytest.mark.parametrize("name", ["device", ""])
+def test_what_is_no_file_is_neither_replaced_by_an_export_nor_read_by_an_import(
+    place: Place, command: str, name: str
+) -> None:
+    ours, theirs = os.openpty()
+    device = Path(os.ttyname(theirs))
+    (place.folder / "device").symlink_to(device)
+    before = set(os.listdir(place.folder))
+    done = manage(place, command, name)
+    assert done.returncode in (1, 2)
+    assert done.stderr.splitlines()[-1].startswith("Error: ") and "Traceback" not in done.stderr
+    assert device.is_char_device()
+    assert {left for left in os.listdir(place.folder) if not left.startswith("webhooks.db")} <= before
+    os.close(ours)
+    os.close(theirs)
+
+
+@only_sqlite
+def test_an_export_to_a_link_writes_the_file_that_it_points_to(place: Place) -> None:
+    (place.folder / "real.json").write_text("old")
+    (place.folder / "link.json").symlink_to("real.json")
+    assert manage(place, "export", "link.json").returncode == 0
+    assert (place.folder / "link.json").is_symlink()
+    assert (place.folder / "real.json").read_text() == "{}"

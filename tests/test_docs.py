@@ -1,17 +1,16 @@
-"""The documents keep up: settings, commands and routes are described, and the README's commands work."""
+"""The documents keep up: settings, commands and routes are described. Of the README see test_readme.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 
 import click
 from starlette.routing import Route
 
 import manage
 import settings
-from tests.conftest import ROOT, Server
+from tests.conftest import ROOT
 from web import api, operations
 
 OPERATING = (ROOT / "docs" / "operating.md").read_text()
@@ -51,19 +50,3 @@ def test_every_dependency_is_justified() -> None:
     for name in ("requirements.txt", "requirements-postgres.txt"):
         for line in re.findall(r"^[\w-].*", (ROOT / name).read_text(), re.MULTILINE):
             assert re.match(r"[\w-]+", line)[0] in README  # type: ignore[index]
-
-
-def test_the_commands_of_the_first_screen_work(server: Server) -> None:
-    curls = re.findall(r"^    curl (.*)$", README, re.MULTILINE)
-    register, publish, look = (shlex.split(curl) for curl in curls)
-    answers = [
-        server.client.post(
-            command[0].removeprefix("http://127.0.0.1:8005"),
-            content=command[command.index("-d") + 1],
-            headers={"Content-Type": "application/json"},
-        )
-        for command in (register, publish)
-    ]
-    assert [answer.status_code for answer in answers] == [201, 202]
-    listed = server.client.get(look[0].removeprefix("http://127.0.0.1:8005")).json()["data"]
-    assert [delivery["event_id"] for delivery in listed] == [answers[1].json()["event_id"]]

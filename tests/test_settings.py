@@ -75,6 +75,14 @@ def test_every_setting_is_read() -> None:
         ("PORT", "http"),
         ("PORT", "65536"),
         ("PORT", "-1"),
+        ("PORT", "9" * 5000),
+        ("PORT", "\u0663"),
+        ("DATABASE_POOL", "9" * 5000),
+        ("MAX_BODY", "\u0663MiB"),
+        ("LEASE", "\u0663m"),
+        ("DATABASE_URL", "sqlite:///\udcff.db"),
+        ("DATABASE_URL", "sqlite:///a\0b.db"),
+        ("API_KEYS", "\udcff" * 20),
         ("ALLOW_ANONYMOUS", "perhaps"),
         ("TRUSTED_PROXIES", "*"),
         ("TRUSTED_PROXIES", "10.0.0.1/8"),
@@ -137,3 +145,10 @@ def test_sqlite_is_served_from_a_volume_that_lasts() -> None:
     for elsewhere in ("sqlite:///webhooks.db", "sqlite:////database/webhooks.db", "sqlite:////data/../webhooks.db"):
         with pytest.raises(settings.BadSetting, match="Railway"):
             settings.load(railway | {"DATABASE_URL": elsewhere})
+
+
+def test_an_env_file_that_is_not_utf_8_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"PORT=8005\nAPI_KEYS=\xff\xfe\n")
+    for command in (["migrate", "status"], ["worker"], ["publish", "a", "{}"]):
+        done = manage(Place(f"sqlite:///{tmp_path}/webhooks.db", tmp_path), *command)
+        assert (done.returncode, done.stderr) == (1, "Error: the file .env is not UTF-8, from its byte 19 on\n")

@@ -185,22 +185,56 @@ def test_an_unknown_scheme_beside_a_good_signature_does_no_harm() -> None:
     assert signing.problem(headers, BODY, WHSEC, MADE) is None
 
 
-@pytest.mark.parametrize("secret", ["whsec_not base64", "whsec_A", "whsec_ab-_"])
+@pytest.mark.parametrize("secret", ["whsec_not base64", "whsec_A", "whsec_ab-_", "whsec_\u010d"])
 def test_a_secret_that_only_looks_encoded_is_its_own_bytes(secret: str) -> None:
     assert signing.key_of(secret) == secret.encode()
 
 
-NAMES = st.sampled_from([*VECTOR, *LEGACY]) | st.text()
-VALUES = st.text() | st.text().map("v1,".__add__) | st.sampled_from([*VECTOR.values(), *LEGACY.values()])
-BODIES = st.binary() | st.sampled_from([BODY, COMPACT, b"NaN", b"1e999", b'"\\ud800"', b"9" * 5000, b"[" * 100])
+ANY_TEXT = st.text() | st.text(st.characters(categories=["Cs", "Cc", "Lu", "Nd"]))  # lone surrogates are likely
+NAMES = st.sampled_from([*VECTOR, *LEGACY]) | ANY_TEXT
+VALUES = ANY_TEXT | ANY_TEXT.map("v1,".__add__) | st.sampled_from([*VECTOR.values(), *LEGACY.values()])
+DEEP = [b"[" * 100_000, b"[" * 900 + b"]" * 900, b'{"a":' * 5000 + b"1" + b"}" * 5000]
+BODIES = st.binary() | st.sampled_from([BODY, COMPACT, b"NaN", b"1e999", b'"\\ud800"', b"9" * 5000, *DEEP])
+SECRETS = st.sampled_from([WHSEC, SECRET, "", "whsec_"]) | ANY_TEXT | ANY_TEXT.map("whsec_".__add__)
 
 
-@given(
-    headers=st.dictionaries(NAMES, VALUES), body=BODIES, secret=st.sampled_from([WHSEC, SECRET, ""]), now=st.floats()
-)
-def test_no_headers_make_it_raise(headers: dict[str, str], body: bytes, secret: str, now: float) -> None:
+@given(headers=st.dictionaries(NAMES, VALUES), body=BODIES, secret=SECRETS, now=st.floats())
+def test_nothing_makes_it_raise(headers: dict[str, str], body: bytes, secret: str, now: float) -> None:
     problem = signing.problem(headers, body, secret, now)
     assert problem is None or problem
+
+
+@pytest.mark.parametrize("body", DEEP, ids=["open", "900 deep", "5000 deep"])
+@pytest.mark.parametrize("headers", [VECTOR, LEGACY], ids=["standard", "legacy"])
+def test_a_body_nested_too_deep_to_be_parsed_is_of_another_secret(headers: dict[str, str], body: bytes) -> None:
+    assert signing.problem(headers, body, WHSEC, MADE) == signing.OTHER_SECRET
+
+
+@pytest.mark.parametrize(
+    ("changes", "secret", "problem"),
+    [
+        ({}, "\udcff" * 16, "the secret is not UTF-8"),
+        ({}, "whsec_\udcff", "the secret is not UTF-8"),
+        ({}, "whsec_", "the secret is empty"),
+        ({}, "whsec_\u010d", signing.OTHER_SECRET),
+        ({"webhook-id": "\udcff"}, WHSEC, "the header webhook-id is not UTF-8"),
+        ({"webhook-signature": "v1,\udcff"}, WHSEC, "the header webhook-signature holds no v1 signature"),
+        ({"webhook-timestamp": "\udcff"}, WHSEC, "the header webhook-timestamp is not a number of seconds"),
+    ],
+)
+def test_what_is_not_utf_8_is_named(changes: dict[str, str], secret: str, problem: str) -> None:
+    assert signing.problem(VECTOR | changes, BODY, secret, MADE) == problem
+
+
+def test_a_signature_that_is_not_ascii_does_not_hold() -> None:
+    assert signing.problem({"X-Webhook-Signature": "\udcff"}, BODY, WHSEC, MADE) == signing.OTHER_SECRET
+    beside = VECTOR | {"webhook-signature": f"v1,\udcff {SIGNATURE}"}
+    assert signing.problem(beside, BODY, WHSEC, MADE) is None
+
+
+@pytest.mark.parametrize("now", [float("nan"), float("inf"), float("-inf")])
+def test_without_a_time_nothing_holds(now: float) -> None:
+    assert signing.problem(VECTOR, BODY, WHSEC, now) is not None
 
 
 @given(body=st.binary(), secret=st.text(min_size=1).filter(lambda text: not text.startswith(signing.PREFIX)))
