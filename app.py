@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 
 import models
 import settings
-from hookline import events, schema
+from hookline import events, schema, waking
 from hookline.database import open_database, require_reachable
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -39,7 +39,7 @@ def create_app(config: settings.Settings) -> Starlette:
     db = database_of(config)
     storage = storage_of(db, config.database_pool)
     worker = worker_of(config, storage) if config.run_worker else None
-    events.attach(db, events.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
+    waking.attach(db, waking.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

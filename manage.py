@@ -29,7 +29,7 @@ from peewee import Database, PeeweeException
 
 import models
 import settings
-from hookline import clock, copying, events, imports, notices, receiving, retention, schema, signing, transfer
+from hookline import clock, copying, events, imports, notices, receiving, retention, schema, signing, transfer, waking
 from hookline.database import open_database, require_reachable
 from hookline.errors import HooklineError, Invalid, visible
 from hookline.failures import UNKNOWN, reason
@@ -284,7 +284,7 @@ def worker() -> None:
 def publish(db: Database, event_type: str, data: str, idempotency_key: str | None) -> None:
     """Publish an event: EVENT_TYPE and its DATA, a JSON object. A running service or worker delivers it."""
     schema.require_current(db)
-    events.attach(db, events.Outlet(settings.load().max_payload, wake=lambda wake: notices.send(db)))
+    waking.attach(db, waking.Outlet(settings.load().max_payload, wake=lambda wake: notices.send(db)))
     try:
         content = json.loads(data)
     except ValueError as exc:

@@ -27,12 +27,13 @@ import models
 from benchmarks import deliver, http, server
 from benchmarks.delivering import DATA
 from benchmarks.report import Figure
-from hookline import WebhookManager, clock, events, lanes, policy, retention
+from hookline import WebhookManager, clock, events, lanes, policy, retention, waking
 from hookline.database import is_postgres, open_database, unit
-from hookline.events import NewEvent, Outlet, Slots, Wake
+from hookline.events import NewEvent
 from hookline.lanes import Settled
 from hookline.policy import Result
 from hookline.storage import storage_of
+from hookline.waking import Outlet, Slots, Wake
 from models import stored_time
 from tests import databases
 from tests.databases import Postgres, execute, named
@@ -287,7 +288,7 @@ def flat(claim: str, other: str, dbs: list[Database]) -> Figure:
 def cycle(db: Database) -> Callable[[], None]:
     """Publishes one event to 10 webhooks, loads its deliveries and settles them."""
     woken: list[Wake] = []
-    events.attach(db, Outlet(slots=lambda: Slots(1000, 1000), wake=woken.append))
+    waking.attach(db, Outlet(slots=lambda: Slots(1000, 1000), wake=woken.append))
     return lambda: once(db, woken)
 
 

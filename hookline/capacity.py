@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from hookline.events import Slots
+from hookline.waking import Slots
 
 
 class Capacity:

@@ -11,7 +11,7 @@ from typing import Any
 
 from peewee import JOIN, Database
 
-from hookline import clock, events, resting, sql
+from hookline import clock, resting, sql, waking
 from hookline.database import connected, transaction
 from hookline.errors import Conflict, NotFound
 from models import IN_ORDER, Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
@@ -94,7 +94,7 @@ def retry(db: Database, delivery_id: int) -> Row:
         again = {"attempts_before": Delivery.attempts} if row["status"] in FINAL else {}
         due = read_time(IN_ORDER) if row["ordered"] else now
         _move(db, row, status=Status.PENDING, leased=False, next_attempt_at=due, finished_at=None, reason=None, **again)
-        events.queue(db, "delivery_id IN (SELECT id FROM {numbers})", sql.ids([delivery_id]), open_now=True)
+        waking.queue(db, "delivery_id IN (SELECT id FROM {numbers})", sql.ids([delivery_id]), open_now=True)
         return get(db, delivery_id)
 
 

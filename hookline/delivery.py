@@ -19,17 +19,17 @@ from collections.abc import Sequence
 
 from peewee import Database
 
-from hookline import clock, events, heartbeat, lanes, orphans, recovery, replays, retention, rotation, signing
+from hookline import clock, heartbeat, lanes, orphans, recovery, replays, retention, rotation, signing, waking
 from hookline.capacity import Capacity
 from hookline.database import LOCK_TIMEOUT
 from hookline.egress import Client
 from hookline.errors import Unavailable
-from hookline.events import Wake
 from hookline.failures import LOCKED, error_name
 from hookline.lanes import Job
 from hookline.policy import Result, Rules
 from hookline.recorder import AGAIN, MARGIN, Recorder
 from hookline.storage import Storage
+from hookline.waking import Wake
 
 log = logging.getLogger("hookline")
 
@@ -70,8 +70,8 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._awake = asyncio.Event()
         await self.client.start()
-        outlet = events.Outlet(self.max_payload, self.rules.lease, self.capacity.slots, self.wake)
-        events.attach(self.db, outlet)
+        outlet = waking.Outlet(self.max_payload, self.rules.lease, self.capacity.slots, self.wake)
+        waking.attach(self.db, outlet)
         self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
         purging = retention.keep(self.storage, self.rules.retention)
@@ -83,8 +83,8 @@ class Worker:
         self._stopping = True
         self.capacity.close()
         self._recorder.stop_within(LOCK_TIMEOUT)
-        for_others = events.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
-        events.attach(self.db, for_others)
+        for_others = waking.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
+        waking.attach(self.db, for_others)
         self._awake.set()
         for task in self._beside:
             task.cancel()

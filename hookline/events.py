@@ -11,8 +11,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
 from datetime import datetime, timedelta
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -22,11 +21,11 @@ from peewee import Database
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, forks, notices, sql
+from hookline import clock, sql, waking
 from hookline.database import adopt, in_unit, transaction
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
-from hookline.failures import reason
 from hookline.registration import text_problem
+from hookline.waking import Outlet, Slots, Wake
 from models import IN_ORDER, read_time, stored_time
 
 log = logging.getLogger("hookline")
@@ -36,26 +35,11 @@ TEAM_FIELDS = ("home_team", "away_team", "team")
 MAX_KEY = 255  # characters of an idempotency key
 MAX_DEPTH = 64  # of arrays and objects in each other, in whatever is JSON
 TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
-MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that somebody is making
-    "(SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
-    f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
-)
 TIGHT = 50  # webhooks that are near their share: what the others get too many is given back when it takes its slots
 OWN = "hookline."  # what the types of our own events begin with: nobody else publishes them, and `*` is not for them
 TEST_EVENT = f"{OWN}webhook.test"
 TEST_ID = "evt_test_"  # how the id of an event for one webhook alone begins: nobody else has missed it
 TEST_DATA = {"message": "A test event: it was asked for by hand, and means nothing."}
-
-
-class Slots(NamedTuple):
-    """What the worker of this process can take now: so many in all; of one webhook its share, less what it has."""
-
-    free: int = 0
-    share: int = 0
-    held: Mapping[str, int] = {}
-
-
-Leased = tuple[int, str]  # delivery_id, webhook_id
 
 
 class Uncommitted:
@@ -67,46 +51,6 @@ class Uncommitted:
 
 
 _uncommitted: WeakKeyDictionary[Any, Uncommitted] = WeakKeyDictionary()  # by Peewee's object of the transaction
-
-
-class Wake(NamedTuple):
-    """What a commit has left to do: leases that this process has from `since` (of time.monotonic()) until then.
-
-    Without leases: something is due in a lane, for any worker.
-    """
-
-    leased: Sequence[Leased] = ()
-    until: str = ""
-    since: float = 0
-
-
-@dataclass
-class Outlet:
-    """How publishing reaches the worker of this process, and what it may take. Set at assembly."""
-
-    max_payload: int = 256 * 1024  # bytes
-    lease: float = 60  # seconds
-    slots: Callable[[], Slots] = Slots
-    wake: Callable[[Wake], None] = lambda wake: None
-
-
-_outlets: WeakKeyDictionary[Database, Outlet] = WeakKeyDictionary()
-
-
-def attach(db: Database, outlet: Outlet) -> None:
-    """From now on publishing on this database goes through this outlet."""
-    _outlets[db] = outlet
-
-
-def outlet_of(db: Database) -> Outlet:
-    return _outlets.get(db) or Outlet(wake=lambda wake: notices.send(db))
-
-
-@forks.in_child
-def _detach() -> None:
-    """The worker of a parent is not in its child: what a child publishes waits in its lane, for any worker."""
-    for db, outlet in list(_outlets.items()):
-        _outlets[db] = Outlet(outlet.max_payload, outlet.lease, wake=lambda wake, db=db: notices.send(db))  # type: ignore[misc]
 
 
 class NewEvent(NamedTuple):
@@ -167,7 +111,7 @@ def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Ex
     Raises Unavailable: then nothing was stored.
     """
     now, since = clock.now(), time.monotonic()
-    outlet = outlet_of(db)
+    outlet = waking.outlet_of(db)
     answers: list[Published | Exception | None] = []
     drafts: dict[int, Draft] = {}
     for place, new in enumerate(events):
@@ -318,7 +262,7 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
         _queue_published(db, so_far, [draft.event_id for draft in drafts])
     if leased:
         so_far.leased.update(webhook_id for _, webhook_id in leased)
-        after_commit(db, so_far.leased.clear, lambda: outlet.wake(Wake(leased, lost, since)))
+        waking.after_commit(db, so_far.leased.clear, lambda: outlet.wake(Wake(leased, lost, since)))
     return Counter(event_id for _, _, event_id, _ in rows)
 
 
@@ -380,15 +324,6 @@ def _insert_one(db: Database, event_id: str, webhook_id: str, at: str) -> list[I
     return list(db.execute_sql(insert, (event_id, IN_ORDER, at, at, webhook_id)).fetchall())
 
 
-def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False) -> None:
-    """Make the lanes due of the webhooks whose deliveries meet the condition, but no lane before it opens.
-
-    `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter (`{numbers}`: of those
-    that are numbers). With `open_now` a lane that rests is opened.
-    """
-    change_lanes(db, lambda: _open_lanes(db, condition, *parameters, open_now=open_now))
-
-
 def _queue_published(db: Database, so_far: Uncommitted, event_ids: Sequence[str]) -> None:
     """Make the lanes due of what these events could not lease.
 
@@ -396,61 +331,14 @@ def _queue_published(db: Database, so_far: Uncommitted, event_ids: Sequence[str]
     """
     condition = "event_id IN (SELECT id FROM {given}) AND NOT leased"
     if in_unit(db):
-        queue(db, condition, sql.ids(event_ids))
+        waking.queue(db, condition, sql.ids(event_ids))
         return
 
     def open_lanes() -> None:
         unopened, so_far.unopened = so_far.unopened, []
         if unopened:
-            _open_lanes(db, condition, sql.ids(unopened))
-            outlet_of(db).wake(Wake())
+            waking.open_lanes(db, condition, sql.ids(unopened))
+            waking.outlet_of(db).wake(Wake())
 
     so_far.unopened += event_ids
-    after_commit(db, open_lanes)
-
-
-def _open_lanes(db: Database, condition: str, *parameters: Any, open_now: bool = False) -> None:
-    moment = sql.moment(db)
-    due = sql.later(db, "lanes.open_at", sql.sooner(db, "lanes.due_at", "excluded.due_at"))
-    change = f"due_at = {due}"
-    if open_now:  # but not of strict order while a delivery is being made: the closed lane is its lease
-        change = (
-            "due_at = excluded.due_at, open_at = NULL "
-            f"WHERE NOT coalesce(lanes.open_at > excluded.due_at, FALSE) OR NOT EXISTS {MADE_IN_ORDER}"
-        )
-    where = condition.format(given=sql.rows(db, "id"), numbers=sql.rows(db, "id bigint"))
-    statement = (
-        f"INSERT INTO lanes (webhook_id, due_at, failures) SELECT DISTINCT webhook_id, {moment}, 0 FROM deliveries "
-        f"WHERE {where} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
-    )
-    db.execute_sql(statement, (stored_time(clock.now()), *parameters))
-
-
-def change_lanes(db: Database, step: Callable[[], Any]) -> None:
-    """Run a step that may open lanes, in this unit of work, and wake the worker after its commit."""
-
-    def wake() -> None:
-        outlet_of(db).wake(Wake())
-
-    def in_its_own() -> None:
-        with transaction(db):
-            step()
-
-    if in_unit(db):
-        step()
-        after_commit(db, wake)
-    else:  # the caller's own transaction: until it ends it would hold lanes that workers and other publishers need
-        after_commit(db, in_its_own, wake)
-
-
-def after_commit(db: Database, *steps: Callable[[], None]) -> None:
-    """What follows once it is committed. If it fails the sweep finds what waits, so nobody is told."""
-
-    def follow() -> None:
-        try:
-            for step in steps:
-                step()
-        except Exception as exc:
-            log.warning("deliveries wait for the sweep: %s", reason(exc))
-
-    db.after_commit(follow)
+    waking.after_commit(db, open_lanes)

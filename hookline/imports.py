@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from peewee import Database
 
-from hookline import events, sql
+from hookline import sql, waking
 from models import read_time, stored_time
 
 MERGED = ("url", "events", "secret", "team", "created_at", "enabled")
@@ -204,7 +204,7 @@ def write(db: Database, decided: Plan, progress: Progress) -> None:
     )
     reopened = [row["webhook_id"] for row in decided.updated if row["changed"] & {"enabled", "url"}]
     if reopened:
-        events.queue(db, WAITING, sql.ids(reopened), open_now=True)
+        waking.queue(db, WAITING, sql.ids(reopened), open_now=True)
 
 
 def subscribe(db: Database, decided: Plan) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from peewee import Database
 
-from hookline import attempts, clock, events, policy, resting, rotation, sql
+from hookline import attempts, clock, events, policy, resting, rotation, sql, waking
 from hookline.database import is_postgres
 from hookline.policy import Outcome, Result, Rules, Settlement
 from models import IN_ORDER, read_time, stored_time
@@ -313,7 +313,7 @@ def disable(db: Database, ids: Iterable[str], reason: str, now: str, failing_sin
     parameters = [now, reason, sql.ids(wanted), *([failing_since] if failing_since else [])]
     disabled = [row[0] for row in db.execute_sql(statement, parameters).fetchall()]
     if disabled:
-        events.queue(db, OF_WEBHOOKS, sql.ids(disabled), open_now=True)
+        waking.queue(db, OF_WEBHOOKS, sql.ids(disabled), open_now=True)
         news = [events.NewEvent(DISABLED_EVENT, {"webhook_id": one, "reason": reason}, own=True) for one in disabled]
         events.publish_all(db, news)
     return disabled
@@ -330,4 +330,4 @@ def release(db: Database, delivery_ids: Sequence[int]) -> None:
         WHERE {given} RETURNING webhook_id"""
     rows = db.execute_sql(statement, (IN_ORDER, now, sql.ids(delivery_ids))).fetchall()
     if rows:
-        events.queue(db, OF_WEBHOOKS, sql.ids({webhook_id for (webhook_id,) in rows}), open_now=True)
+        waking.queue(db, OF_WEBHOOKS, sql.ids({webhook_id for (webhook_id,) in rows}), open_now=True)

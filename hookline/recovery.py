@@ -12,7 +12,7 @@ from typing import Any
 
 from peewee import Database
 
-from hookline import clock, events, policy, sql
+from hookline import clock, policy, sql, waking
 from hookline.database import connected, is_postgres
 from hookline.policy import Rules
 from hookline.storage import Storage
@@ -126,7 +126,7 @@ def late_deliveries_sql(db: Database, rules: Rules) -> str:
 def late_lanes_sql(db: Database, rules: Rules) -> str:
     """A lane rests for a lease or by its rate limit; while it fails, no longer than a delivery waits, as above."""
     moment, wait = sql.moment(db), sql.seconds(db, "w.last_failure", "l.open_at")
-    made, rest = events.MADE_IN_ORDER.replace("lanes.", "l."), sql.seconds(db, moment, "l.open_at")
+    made, rest = waking.MADE_IN_ORDER.replace("lanes.", "l."), sql.seconds(db, moment, "l.open_at")
     late = f"""
         w.webhook_id = given.id AND l.webhook_id = given.id AND l.open_at > {moment}
         AND CASE WHEN EXISTS {made} THEN l.open_at > {moment}
@@ -152,7 +152,7 @@ def bring_forward(db: Database, rules: Rules, deliveries: Sequence[Misdated], la
         FROM {sql.rows(db, "id bigint", "due timestamptz")}
         WHERE delivery_id = given.id AND status = 'pending' AND next_attempt_at = given.due RETURNING webhook_id"""
     rows = db.execute_sql(statement, (lost, now, sql.parameter(deliveries))).fetchall()
-    until = f"CASE WHEN EXISTS {events.MADE_IN_ORDER} THEN {moment} ELSE {moment} END"
+    until = f"CASE WHEN EXISTS {waking.MADE_IN_ORDER} THEN {moment} ELSE {moment} END"
     statement = f"""
         UPDATE lanes SET due_at = {until}, open_at = {until} FROM {sql.rows(db, "id", "opens timestamptz")}
         WHERE webhook_id = given.id AND open_at = given.opens RETURNING webhook_id"""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from peewee import Database
 from uuid_utils import uuid7
 
-from hookline import clock, deliveries, events, sql
+from hookline import clock, deliveries, sql, waking
 from hookline.database import connected, transaction
 from hookline.errors import Conflict, NotFound, Unavailable
 from hookline.missed import WANTED, Position, Window, look, webhook_of
@@ -229,7 +229,7 @@ def _count(db: Database, step: Step, made: Sequence[int]) -> None:
     add = f"UPDATE replays SET deliveries = deliveries + {len(made)} WHERE replay_id = {db.param} RETURNING deliveries"
     (total,) = db.execute_sql(add, (step.replay_id,)).fetchone()
     of_one = "delivery_id IN (SELECT id FROM {numbers})"  # the webhook may have many more that wait
-    events.queue(db, of_one, sql.ids(made[:1]), open_now=total == len(made))
+    waking.queue(db, of_one, sql.ids(made[:1]), open_now=total == len(made))
 
 
 def _end(db: Database, replay_id: str, reason: str) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peewee import Database
 
-from hookline import clock, events, policy, sql
+from hookline import clock, policy, sql, waking
 from models import IN_ORDER, read_time, stored_time
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def lanes_sql(db: Database) -> str:
 
 def open_now(db: Database, webhook_id: str) -> None:
     """Open the lane of this webhook, unless a delivery is being made in order: then its settlement does so."""
-    events.change_lanes(db, lambda: _open(db, webhook_id, lambda opens, failures, now: (now, failures)))
+    waking.change_lanes(db, lambda: _open(db, webhook_id, lambda opens, failures, now: (now, failures)))
 
 
 def reopen(db: Database, webhook_id: str, before: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
@@ -181,7 +181,7 @@ def reopen(db: Database, webhook_id: str, before: Mapping[str, Any], changes: Ma
         return now + timedelta(seconds=rest), failures
 
     if is_new or any(after[name] != before[name] for name in ("rate_limit", "ordered", "retry_schedule")):
-        events.change_lanes(db, step)
+        waking.change_lanes(db, step)
 
 
 def _bring_forward(db: Database, webhook_id: str) -> None:
@@ -199,7 +199,7 @@ def _open(db: Database, webhook_id: str, wanted: Callable[[datetime, int, dateti
     now = clock.now()
     look = f"SELECT open_at, failures FROM lanes WHERE webhook_id = {db.param}{sql.locked(db, 'lanes')}"
     lane = db.execute_sql(look, (webhook_id,)).fetchone()
-    made = f"SELECT 1 FROM lanes WHERE webhook_id = {db.param} AND EXISTS {events.MADE_IN_ORDER}"
+    made = f"SELECT 1 FROM lanes WHERE webhook_id = {db.param} AND EXISTS {waking.MADE_IN_ORDER}"
     if lane is None or db.execute_sql(made, (webhook_id,)).fetchone():  # which looks again, once we hold the lane
         return
     opens, failures = wanted(max(read_time(lane[0]) or now, now), lane[1], now)

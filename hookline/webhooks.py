@@ -19,7 +19,7 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, forks, missed, reports, resting, rotation, schema, sql
+from hookline import clock, events, forks, missed, reports, resting, rotation, schema, sql, waking
 from hookline.database import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -262,10 +262,10 @@ class WebhookManager:
 
     def _switched(self, webhook_id: str, enabled: bool) -> dict[str, Any]:
         """What changes with `enabled`. What waits for a disabled webhook is cancelled, by the worker, in its lane."""
-        events.queue(self.db, WAITING, sql.ids([webhook_id]), open_now=True)
+        waking.queue(self.db, WAITING, sql.ids([webhook_id]), open_now=True)
         if enabled:
             return {"disabled_at": None, "disabled_reason": None, "failing_since": None}
-        events.after_commit(self.db, partial(reports.disabled, webhook_id, BY_REQUEST))
+        waking.after_commit(self.db, partial(reports.disabled, webhook_id, BY_REQUEST))
         return {"disabled_at": clock.now(), "disabled_reason": BY_REQUEST}
 
     def _began_missing(self, webhook_id: str) -> datetime | None:

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, deliveries, events
+from hookline import WebhookManager, deliveries, events, waking
 from hookline.capacity import Capacity
 from hookline.database import open_database
 from hookline.delivery import Worker
 from hookline.egress import Client
-from hookline.events import NewEvent, Outlet, Slots
+from hookline.events import NewEvent
 from hookline.policy import Rules
 from hookline.storage import Storage, storage_of
+from hookline.waking import Outlet, Slots
 from tests.conftest import SECRET
 from tests.databases import Place
 from tests.receiver import OK, Answer, Received, Receiver
@@ -206,17 +207,17 @@ async def test_one_webhook_never_has_more_than_its_share(
 
 def test_an_event_takes_of_each_webhook_what_is_left_of_its_share(db: Database, manager: WebhookManager) -> None:
     ids = [manager.register("http://example.com/", ["goal"], SECRET) for _ in range(3)]
-    woken: list[events.Leased] = []
+    woken: list[waking.Leased] = []
     held = {ids[0]: 3, ids[1]: 5}
-    events.attach(db, Outlet(slots=lambda: Slots(100, 4, held), wake=lambda wake: woken.extend(wake.leased)))
+    waking.attach(db, Outlet(slots=lambda: Slots(100, 4, held), wake=lambda wake: woken.extend(wake.leased)))
     events.publish_all(db, [NewEvent("goal", {})] * 6)
     assert Counter(webhook_id for _, webhook_id in woken) == {ids[0]: 1, ids[2]: 4}
 
 
 def test_a_transaction_counts_what_it_has_leased_itself(db: Database, manager: WebhookManager) -> None:
     manager.register("http://example.com/", ["goal"], SECRET)
-    woken: list[events.Leased] = []
-    events.attach(db, Outlet(slots=lambda: Slots(3, 3), wake=lambda wake: woken.extend(wake.leased)))
+    woken: list[waking.Leased] = []
+    waking.attach(db, Outlet(slots=lambda: Slots(3, 3), wake=lambda wake: woken.extend(wake.leased)))
     with db.connection_context(), db.atomic() as transaction:
         for _ in range(5):
             manager.send_event("goal", {})

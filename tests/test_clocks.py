@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, lanes, policy, recovery
+from hookline import WebhookManager, clock, deliveries, events, lanes, policy, recovery, waking
 from hookline.delivery import Worker
 from hookline.egress import Client
-from hookline.events import NewEvent, Outlet, Slots
+from hookline.events import NewEvent
 from hookline.lanes import Job, Settled
 from hookline.policy import Result, Rules
 from hookline.storage import storage_of, write_now
+from hookline.waking import Outlet, Slots
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET
 from tests.databases import plan, read_whole
@@ -125,7 +126,7 @@ def test_what_was_never_attempted_and_a_lease_of_who_died_do_not_wait_either(
 ) -> None:
     at(AHEAD)
     publish(db)
-    events.attach(db, Outlet(slots=lambda: Slots(9, 9)))  # a worker that takes it and dies
+    waking.attach(db, Outlet(slots=lambda: Slots(9, 9)))  # a worker that takes it and dies
     with db.connection_context():
         db.execute_sql("DELETE FROM lanes")
     publish(db)

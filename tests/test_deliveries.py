@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, history, lanes, policy, sql
+from hookline import WebhookManager, clock, deliveries, history, lanes, policy, sql, waking
 from hookline.errors import Conflict, NotFound
-from hookline.events import Outlet, Published, Slots
+from hookline.events import Published
 from hookline.lanes import Settled
 from hookline.policy import Result, Rules
+from hookline.waking import Outlet, Slots
 from models import stored_time
 from tests.conftest import SECRET
 
@@ -67,7 +68,7 @@ def test_a_delivery_waits_for_its_turn_then_for_its_back_off(db: Database, publi
 
 
 def test_a_delivery_under_way_waits_for_nothing(db: Database, manager: WebhookManager, webhook_id: str) -> None:
-    events.attach(db, Outlet(slots=lambda: Slots(1, 1)))
+    waking.attach(db, Outlet(slots=lambda: Slots(1, 1)))
     manager.send_event("goal", {})
     assert the_one(db)["waiting_for"] == "nothing: it is being made right now"
     with pytest.raises(Conflict, match="right now"), db.connection_context():

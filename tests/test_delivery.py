@@ -15,13 +15,14 @@ import pytest
 from peewee import Database
 from standardwebhooks import Webhook as Oracle
 
-from hookline import WebhookManager, clock, deliveries, events, lanes, recovery, replays, signing
+from hookline import WebhookManager, clock, deliveries, events, lanes, recovery, replays, signing, waking
 from hookline.database import open_database
 from hookline.delivery import Worker
 from hookline.egress import Client
-from hookline.events import NewEvent, Outlet
+from hookline.events import NewEvent
 from hookline.policy import Rules
 from hookline.storage import storage_of
+from hookline.waking import Outlet
 from models import stored_time
 from tests.conftest import SECRET, only_postgres
 from tests.databases import Place, plan, read_whole
@@ -319,7 +320,7 @@ async def test_a_lease_of_a_worker_that_died_runs_out_and_another_delivers(
     db: Database, manager: WebhookManager, receiver: Receiver
 ) -> None:
     manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
-    events.attach(db, Outlet(lease=1, slots=lambda: events.Slots(9, 9)))  # a worker that takes it and does nothing
+    waking.attach(db, Outlet(lease=1, slots=lambda: waking.Slots(9, 9)))  # a worker that takes it and does nothing
     manager.send_event("goal", {})
     assert deliveries.page(db)[0]["waiting_for"] == "nothing: it is being made right now"
     async with working(db, Rules(lease=1.0, timeout=0.1, concurrency=4)) as worker:
@@ -470,7 +471,7 @@ async def test_a_manager_of_its_own_delivers_between_startup_and_shutdown(tmp_pa
 def test_the_sweep_opens_only_lanes_whose_leases_ran_out(db: Database, manager: WebhookManager) -> None:
     manager.register("http://example.com/", ["goal"], SECRET)
     for lease in (-5.0, 60.0):
-        events.attach(db, Outlet(lease=lease, slots=lambda: events.Slots(9, 9)))
+        waking.attach(db, Outlet(lease=lease, slots=lambda: waking.Slots(9, 9)))
         with db.connection_context(), db.atomic():
             manager.send_event("goal" if lease < 0 else "none", {})
     late, after = recovery.overdue(db)
@@ -488,7 +489,7 @@ def test_the_sweep_goes_from_webhook_to_webhook_in_short_steps(
 ) -> None:
     monkeypatch.setattr(recovery, "WEBHOOKS", 2)
     ids = sorted(manager.register("http://example.com/", ["goal"], SECRET) for _ in range(5))
-    events.attach(db, Outlet(lease=-5.0, slots=lambda: events.Slots(9, 9)))
+    waking.attach(db, Outlet(lease=-5.0, slots=lambda: waking.Slots(9, 9)))
     manager.send_event("goal", {})
     found: list[list[str]] = []
     after: str | None = ""

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, lanes, policy, resting
-from hookline.events import NewEvent, Outlet, Slots
+from hookline import WebhookManager, clock, deliveries, events, lanes, policy, resting, waking
+from hookline.events import NewEvent
 from hookline.lanes import Job, Settled
 from hookline.policy import Result, Rules
 from hookline.storage import write_now
+from hookline.waking import Outlet, Slots
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET
 from tests.databases import plan, read_whole
@@ -94,7 +95,7 @@ def test_a_higher_rate_limit_opens_a_lane_that_rests_by_the_old_one(
     assert opens(db, webhook_id) == pytest.approx(rest)
     if new is None:
         assert len(sent(db)) == 1
-        events.attach(db, Outlet(slots=lambda: Slots(9, 9)))
+        waking.attach(db, Outlet(slots=lambda: Slots(9, 9)))
         publish(db)
         assert deliveries.page(db)[0]["waiting_for"] == "nothing: it is being made right now"
 
@@ -299,7 +300,7 @@ def test_a_change_in_the_callers_own_transaction_opens_the_lane_after_its_commit
     publish(db, 3)
     settle(db, *(settled(job, 503, retry_after=DAY) for job in claim(db)))
     woken: list[Any] = []
-    events.attach(db, Outlet(wake=woken.append))
+    waking.attach(db, Outlet(wake=woken.append))
     with db.connection_context():
         with db.atomic() as transaction:
             manager.update(webhook_id, {"url": "http://example.com/a"})
