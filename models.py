@@ -239,15 +239,15 @@ class Import(Table):
 
 
 class Replay(Table):
-    """Delivering again what a webhook missed: carried out by workers, in steps. `cursor`: how far it is."""
+    """Delivering again what a webhook missed: carried out by workers, in steps."""
 
     replay_id = TextField(primary_key=True)  # "rpl_" and a UUIDv7
     webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", index=False)
     since = UtcField()
-    until = UtcField(null=True)
+    until = UtcField()
     statuses = TextField()  # failed | all
     state = TextField(constraints=[SQL("DEFAULT 'running'")])  # running | finished | cancelled
-    cursor = TextField(null=True)
+    cursor = TextField()  # JSON: the time and id of the last event that was looked at
     deliveries = BigIntegerField(constraints=[SQL("DEFAULT 0")])  # made due so far
     created_at = UtcField()
     finished_at = UtcField(null=True)

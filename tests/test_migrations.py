@@ -277,7 +277,15 @@ def filled(db: Database, manager: WebhookManager) -> str:
         Attempt.insert(delivery=1, number=1, started_at=now, duration_ms=1).execute(db)
         Lane.insert(webhook=webhook_id, due_at=now).execute(db)
         Import.insert(webhook=webhook_id, entry="{}", imported_at=now).execute(db)
-        Replay.insert(replay_id="rpl_1", webhook=webhook_id, since=now, statuses="all", created_at=now).execute(db)
+        replay = {
+            "replay_id": "rpl_1",
+            "webhook": webhook_id,
+            "since": now,
+            "until": now,
+            "statuses": "all",
+            "cursor": "[]",
+        }
+        Replay.insert(replay | {"statuses": "all", "created_at": now}).execute(db)
         Worker.insert(worker_id="w", host="h", started_at=now, beat_at=now).execute(db)
         Webhook.update(earlier_secrets="[]", total_calls=2**40, failed_calls=2**33).execute(db)
     return webhook_id

@@ -296,10 +296,10 @@ def test_a_test_event_takes_a_type_and_data_and_no_unknown_fields(server: Server
     webhook_id = server.register().json()["webhook_id"]
     path = f"/api/v1/webhooks/{webhook_id}/test"
     for body, event_type, data in [
-        (None, "webhook.test", None),
-        ({}, "webhook.test", None),
+        (None, "hookline.webhook.test", None),
+        ({}, "hookline.webhook.test", None),
         ({"event_type": "goal"}, "goal", None),
-        ({"data": {"n": 1}}, "webhook.test", {"n": 1}),
+        ({"data": {"n": 1}}, "hookline.webhook.test", {"n": 1}),
         ({"event_type": "goal", "data": {}}, "goal", {}),
     ]:
         answer = server.client.post(path) if body is None else server.client.post(path, json=body)
