@@ -199,10 +199,11 @@ def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool, 
     show_problems(Invalid("", report.contested))
     if report.backup is not None:
         click.echo(f"backup: {visible(report.backup)}")
-    conflicts = f", {report.conflicts} with conflicts" if report.conflicts else ""
+    more = f", {report.conflicts} with conflicts" if report.conflicts else ""
+    more += f", {report.deleted} deleted here" if report.deleted else ""
     click.echo(
         f"{'would import' if dry_run else 'imported'}: {report.new} new, {report.updated} updated, "
-        f"{report.unchanged} unchanged, {report.invalid} invalid{conflicts}"
+        f"{report.unchanged} unchanged, {report.invalid} invalid{more}"
     )
 
 

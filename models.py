@@ -228,9 +228,12 @@ Lane.add_index(Lane.due_at, name="idx_lanes_due")
 
 
 class Import(Table):
-    """What an import took over of a webhook, so that the next one takes over only what has changed in the file."""
+    """What an import took over of a webhook, so that the next one takes over only what has changed in the file.
 
-    webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", primary_key=True)
+    It outlives the webhook, so that one that was deleted here does not come back.
+    """
+
+    webhook_id = TextField(primary_key=True)
     entry = TextField()  # a JSON object of the file's fields, the secret as a digest
     imported_at = UtcField()
 

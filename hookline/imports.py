@@ -2,7 +2,7 @@
 
 The table `imports` keeps what the file said of a webhook when its fields were last taken over. A field that has changed
 in the file since is taken over, one that has changed here since is kept, and one that has changed on both sides is a
-conflict. Counters come over once, with a webhook that is new here.
+conflict. Counters come over once, with a webhook that is new here. One that was deleted here stays deleted.
 """
 
 from __future__ import annotations
@@ -61,19 +61,24 @@ class Plan:
     updated: list[Row] = field(default_factory=list)
     noted: list[Row] = field(default_factory=list)  # what the file says, where that is news
     contested: list[Contested] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)  # webhooks that were deleted here since they were imported
     unchanged: int = 0
 
 
 def plan(db: Database, rows: Iterable[Row], *, overwrite: bool = False, lock: bool = False) -> Plan:
     """Compare the file's rows with the database. Contested fields keep our value, or get the file's with `overwrite`.
 
-    `lock`: for the rest of the transaction nobody else changes the webhooks that the plan may update.
+    So does a webhook that was imported once and deleted here: it is left out, or comes back with `overwrite`. `lock`:
+    for the rest of the transaction nobody else changes the webhooks that the plan may update.
     """
     decided, differing = Plan(), []
     query = "SELECT webhook_id, entry FROM webhooks LEFT JOIN imports USING (webhook_id)"
     notes: dict[str, str | None] = dict(db.execute_sql(query).fetchall())
+    deleted = set() if overwrite else deleted_here(db)
     for row in rows:
-        if row["webhook_id"] not in notes:
+        if row["webhook_id"] in deleted:
+            decided.deleted.append(row["webhook_id"])
+        elif row["webhook_id"] not in notes:
             add(row, decided)
         elif note_of(row) == notes[row["webhook_id"]]:
             decided.unchanged += 1
@@ -86,9 +91,18 @@ def plan(db: Database, rows: Iterable[Row], *, overwrite: bool = False, lock: bo
     for row in differing:
         if row["webhook_id"] in here:
             merge(row, here[row["webhook_id"]], overwrite, decided)
-        else:  # deleted just now
+        elif overwrite:
             add(row, decided)
+        else:  # deleted just now
+            decided.deleted.append(row["webhook_id"])
     return decided
+
+
+def deleted_here(db: Database) -> set[str]:
+    """The webhooks that an import has noted and that are no more."""
+    here = "SELECT 1 FROM webhooks w WHERE w.webhook_id = i.webhook_id"
+    query = f"SELECT webhook_id FROM imports i WHERE NOT EXISTS ({here})"
+    return {webhook_id for (webhook_id,) in db.execute_sql(query).fetchall()}
 
 
 def add(row: Row, decided: Plan) -> None:

@@ -36,7 +36,6 @@ REFERENCES = (
     Reference("deliveries", "webhook_id", "webhooks", "delivery_id"),
     Reference("deliveries", "event_id", "events", "delivery_id"),
     Reference("attempts", "delivery_id", "deliveries", "delivery_id, number", 0),
-    Reference("imports", "webhook_id", "webhooks", "webhook_id"),
     Reference("replays", "webhook_id", "webhooks", "replay_id"),
 )
 Positions = dict[Reference, Any]  # the value behind which the next search goes on

@@ -53,10 +53,11 @@ class Report:
     unchanged: int = 0
     invalid: int = 0
     conflicts: int = 0  # those of them with a field that both sides have changed
+    deleted: int = 0  # imported once and deleted here since: left out
     backup: Path | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    contested: list[str] = field(default_factory=list)  # each such field, and whose value is kept
+    contested: list[str] = field(default_factory=list)  # each such field or webhook, and what became of it
 
 
 class Duplicated(dict[str, Any]):
@@ -78,7 +79,8 @@ def import_file(
     """Store every webhook of the file, after a backup of it, in one transaction.
 
     Of a webhook that is here already only what has changed in the file since the last import is taken over. What has
-    changed on both sides is reported; our value is kept, or the file's taken with `overwrite`.
+    changed on both sides is reported; our value is kept, or the file's taken with `overwrite`. A webhook that was
+    imported once and deleted here since is left out, or comes back with `overwrite`.
 
     Raises Invalid, with every problem, if something in the file is wrong (unless `skip_invalid`, which leaves those
     entries out; a file that is not JSON of either form is refused all the same). Raises Unavailable. Either changes
@@ -109,6 +111,8 @@ def tell(plan: imports.Plan, overwrite: bool, report: Report) -> None:
     for webhook_id, name, imported in plan.contested:
         why = "changed both here and in the file" if imported else "differs from ours, and no import has noted it yet"
         report.contested.append(f"{webhook_id}: {name}: {why}: {outcome}")
+    report.deleted = len(plan.deleted)
+    report.contested += [f"{webhook_id}: deleted here since it was imported: left out" for webhook_id in plan.deleted]
 
 
 def refusals(rows: Iterable[Row], allowed: Sequence[Network]) -> list[str]:

@@ -23,7 +23,7 @@ def tables(db):
             table_name = "webhooks"
 
     class Import(Base):
-        webhook = ForeignKeyField(Webhook, column_name="webhook_id", on_delete="CASCADE", primary_key=True)
+        webhook_id = TextField(primary_key=True)  # no foreign key: what is deleted here is not imported again
         entry = TextField()
         imported_at = UtcField()
 

@@ -74,7 +74,7 @@ def fill(db: Database) -> None:
         at = models.read_time("1970-01-01T00:00:00.000001Z")
         for number in range(1, 3):
             Attempt.insert(delivery=numbers[0], number=number, started_at=at, duration_ms=0, response="").execute(db)
-        models.Import.insert(webhook=ids[0], entry='{"url": "ä"}', imported_at=at).execute(db)
+        models.Import.insert(webhook_id=ids[0], entry='{"url": "ä"}', imported_at=at).execute(db)
         models.Replay.insert(
             replay_id="rpl_1", webhook=ids[0], since=at, until=at, statuses="all", cursor="[]", created_at=at
         ).execute(db)

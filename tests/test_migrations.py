@@ -276,7 +276,7 @@ def filled(db: Database, manager: WebhookManager) -> str:
         ).execute(db)
         Attempt.insert(delivery=1, number=1, started_at=now, duration_ms=1).execute(db)
         Lane.insert(webhook=webhook_id, due_at=now).execute(db)
-        Import.insert(webhook=webhook_id, entry="{}", imported_at=now).execute(db)
+        Import.insert(webhook_id=webhook_id, entry="{}", imported_at=now).execute(db)
         replay = {
             "replay_id": "rpl_1",
             "webhook": webhook_id,

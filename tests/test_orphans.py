@@ -64,7 +64,7 @@ def orphaned(place: Place, db: Database, deliveries: int) -> None:
     now = clock.now()
     with db.connection_context(), db.atomic():
         for webhook_id in ids:
-            models.Import.insert(webhook=webhook_id, entry="{}", imported_at=now).execute(db)
+            models.Import.insert(webhook_id=webhook_id, entry="{}", imported_at=now).execute(db)
             replay = {"replay_id": webhook_id, "webhook": webhook_id, "since": now, "until": now, "statuses": "all"}
             cursor = json.dumps([stored_time(now), ""])
             models.Replay.insert(replay | {"cursor": cursor, "created_at": now}).execute(db)
@@ -93,7 +93,7 @@ async def test_the_sweep_removes_rows_of_nobody_and_nothing_else(
         "subscriptions": 1,
         "deliveries": 9,
         "attempts": 9,
-        "imports": 1,
+        "imports": 2,
         "replays": 1,
     }
     with db.connection_context():

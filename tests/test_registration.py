@@ -353,6 +353,7 @@ def test_whatever_was_registered_is_exported_and_imported_as_it_was(
     manager, file = WebhookManager(db=db), tmp_path / "webhooks.json"
     with db.connection_context():
         db.execute_sql("DELETE FROM webhooks")
+        db.execute_sql("DELETE FROM imports")
     manager.register(URL, ["a"], SECRET)
     for one in given:
         with suppress(Invalid):
@@ -361,6 +362,7 @@ def test_whatever_was_registered_is_exported_and_imported_as_it_was(
     export_file(db, file)
     with db.connection_context():
         db.execute_sql("DELETE FROM webhooks")
+        db.execute_sql("DELETE FROM imports")
     report = import_file(db, file)
     assert (report.problems, rows(db)) == ([], before)
 
@@ -380,5 +382,6 @@ def test_what_was_registered_over_http_is_exported_and_imported_as_it_was(client
     export_file(db, file)
     with db.connection_context():
         db.execute_sql("DELETE FROM webhooks")
+        db.execute_sql("DELETE FROM imports")
     assert import_file(db, file).problems == []
     assert rows(db) == before

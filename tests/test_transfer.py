@@ -272,6 +272,7 @@ ids = text.filter(lambda webhook_id: webhook_id and "/" not in webhook_id)
 def test_import_then_export_gives_back_the_same_content(db: Database, document: dict[str, Any]) -> None:
     with db.connection_context():
         db.execute_sql("DELETE FROM webhooks")
+        db.execute_sql("DELETE FROM imports")
     with tempfile.TemporaryDirectory() as folder:
         file, back = Path(folder) / "webhooks.json", Path(folder) / "back.json"
         file.write_text(json.dumps(document))
