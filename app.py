@@ -21,7 +21,7 @@ from hookline import events, schema, waking
 from hookline.database import open_database, require_reachable
 from hookline.delivery import Worker
 from hookline.egress import Client
-from hookline.errors import HooklineError
+from hookline.errors import HooklineError, visible
 from hookline.failures import reason
 from hookline.logs import OneLine
 from hookline.policy import Rules
@@ -99,9 +99,9 @@ def assembled() -> tuple[Starlette, settings.Settings]:
         config = settings.load()
         return create_app(config), config
     except (settings.BadSetting, HooklineError) as exc:
-        sys.exit(f"Hookline cannot start: {exc}")
+        sys.exit(visible(f"Hookline cannot start: {exc}"))
     except PeeweeException as exc:
-        sys.exit(f"Hookline cannot start: the database refused: {reason(exc)}")
+        sys.exit(visible(f"Hookline cannot start: the database refused: {reason(exc)}"))
 
 
 def __getattr__(name: str) -> Any:
@@ -133,7 +133,7 @@ def main() -> None:
     try:
         sockets = listen(config.host, config.port)
     except OSError as exc:
-        sys.exit(f"Hookline cannot start: {exc}")
+        sys.exit(visible(f"Hookline cannot start: {exc}"))
     if app.state.worker is not None:
         app.state.worker.client.own = (config.host, sockets[0].getsockname()[1])  # PORT may be 0
     serving = uvicorn.Config(

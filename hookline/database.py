@@ -117,7 +117,7 @@ def _open_postgres(url: str, pool_size: int, long_work: bool) -> Database:
         raise Invalid("PostgreSQL needs its driver: pip install -r requirements-postgres.txt") from exc
     try:
         parameters: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url), **FIXED}
-    except ProgrammingError as exc:
+    except (ProgrammingError, UnicodeDecodeError) as exc:
         raise Invalid("this is not a PostgreSQL URL; one is like postgresql://user:password@host:port/name") from exc
     port = str(parameters.get("port", "")).replace(",", "")
     if "@" in f"{parameters.get('host')} {parameters.get('dbname')}" or (port and not port.isdecimal()):
@@ -163,7 +163,10 @@ class Adapter(Psycopg3Adapter):
     def connect(self, db: Database, **parameters: Any) -> Any:
         from psycopg import connect
 
-        connection = connect(**parameters, autocommit=True)  # transactions are begun by name
+        try:
+            connection = connect(**parameters, autocommit=True)  # transactions are begun by name
+        except UnicodeError as exc:
+            raise OperationalError("a part of the host's name is empty or too long") from exc
         seconds = db.statement_timeout  # type: ignore[attr-defined]
         limits = {"statement_timeout": f"{seconds}s", "idle_in_transaction_session_timeout": f"{2 * seconds}s"}
         values = {**SESSION, **limits}

@@ -12,8 +12,10 @@ from hookline.errors import Invalid
 def create_private(path: Path) -> None:
     """An empty file that its owner alone may read, in a folder that its owner alone may enter; what exists stays.
 
-    SQLite gives its `-wal` and `-shm` the mode of the file. Raises Invalid.
+    A link to a file that is not there makes that file. SQLite gives its `-wal` and `-shm` the mode of the file.
+    Raises Invalid.
     """
+    path = Path(os.path.realpath(path))
     try:
         for folder in reversed([folder for folder in path.parents if not folder.exists()]):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -58,9 +60,9 @@ def write_new(path: Path, content: bytes) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Raises Invalid if it cannot be written; readers see the old file or the new one, whole. A link stays one."""
+    if path.exists() and not path.is_file():
+        raise Invalid(f"{path} cannot be written: it is not a file")  # but a device or a pipe, such as /dev/stdout
     target = path.resolve()
-    if target.exists() and not target.is_file():
-        raise Invalid(f"{path} cannot be written: it is not a file")  # but a device, such as /dev/full
     temporary = write_temporary(target, content)
     try:
         os.replace(temporary, target)

@@ -140,8 +140,8 @@ def export_file(db: Database, path: Path, progress: Progress | None = None) -> i
 
 
 def read_bytes(path: Path) -> bytes:
-    if path.is_char_device():
-        raise Invalid(f"{path} cannot be read: it is not a file")  # and may have no end, such as /dev/zero
+    if path.exists() and not path.is_file():
+        raise Invalid(f"{path} cannot be read: it is not a file")  # and may have no end, such as /dev/zero or a pipe
     try:
         return path.read_bytes()
     except OSError as exc:

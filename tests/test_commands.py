@@ -342,6 +342,43 @@ def test_what_a_message_repeats_of_the_command_line_is_escaped(tmp_path: Path, a
     assert b"\\x1b[2J" in printed and b"\x1b" not in printed
 
 
+def test_a_command_that_reads_a_closed_input_says_what_it_finds(tmp_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, str(ROOT / "manage.py")]
+    arguments = ["verify", "--header", "X-Webhook-Signature: abc"]
+    env = environment(WEBHOOK_SECRET=SECRET)
+    done = subprocess.run([*command, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout == f"it does not hold: {signing.OTHER_SECRET}\n"
+
+
+@only_sqlite
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_a_pipe_is_neither_replaced_by_an_export_nor_read_by_an_import(place: Place, command: str) -> None:
+    """Its backup came to lie in /dev, secrets included."""
+    reader, writer = os.pipe()
+    os.close(writer)
+    name = f"/dev/fd/{reader}"
+    program = [sys.executable, str(ROOT / "manage.py"), command, name]
+    env = environment(DATABASE_URL=place.url)
+    done = subprocess.run(
+        program, env=env, cwd=place.folder, capture_output=True, text=True, timeout=60, pass_fds=[reader]
+    )
+    os.close(reader)
+    verb = "written" if command == "export" else "read"
+    refused(done, 1, f"{name} cannot be {verb}: it is not a file")
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:p%ed@localhost/x", "postgresql://u:hush@db..example/x"])
+def test_a_postgresql_url_that_nobody_can_read_is_one_line(tmp_path: Path, url: str) -> None:
+    done = [manage(Place(url, tmp_path), "migrate", command) for command in ("up", "status")]
+    command = [sys.executable, str(ROOT / "app.py")]
+    env = environment(DATABASE_URL=url)
+    done.append(subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60))
+    for one in done:
+        assert (one.returncode, one.stdout, one.stderr.count("\n")) == (1, "", 1)
+        assert "PostgreSQL" in one.stderr and "hush" not in one.stderr
+
+
 @only_sqlite
 @pytest.mark.parametrize("command", ["export", "import"])
 @pytest.mark.parametrize("name", ["device", ""])

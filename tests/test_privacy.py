@@ -213,6 +213,13 @@ def test_a_wrong_working_directory_makes_no_database(tmp_path: Path, command: st
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_database_behind_a_link_is_made_where_the_link_points(tmp_path: Path) -> None:
+    """`migrate up` said to run `migrate up`."""
+    (tmp_path / "webhooks.db").symlink_to(tmp_path / "volume" / "real.db")
+    assert manage(Place("sqlite:///webhooks.db", tmp_path), "migrate", "up").returncode == 0
+    assert modes(tmp_path / "volume") == {"real.db": "600"}
+
+
 def test_a_copy_from_a_file_that_is_not_there_names_it_and_makes_nothing(tmp_path: Path) -> None:
     place = Place("sqlite:///webhooks.db", tmp_path)
     done = manage(place, "copy", "--from", "sqlite:///from.db", "--to", "sqlite:///to.db")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from tests.conftest import ROOT, Server, environment, only_sqlite
-from tests.databases import Place
+from tests.databases import Place, free_port
 from web import api, operations
 
 JSON = b"Content-Type: application/json\r\n"
@@ -180,6 +181,27 @@ def test_what_nobody_expected_is_a_500_in_json() -> None:
 
 
 @only_sqlite
+def test_trailers_behind_a_body_are_no_headers(server: Server) -> None:
+    """They came to count as headers: a Host, an Origin or a key of idempotency that no proxy had seen."""
+    body = b'{"event_type": "a", "data": {}}'
+    head = b"POST /api/v1/events HTTP/1.1\r\n" + JSON + b"Transfer-Encoding: chunked\r\n" + LAST
+    trailers = b"Host: evil.example\r\nwebhook-signature: v1,x\r\nIdempotency-Key: k\r\n\r\n"
+    for _ in range(2):
+        status, _, answer = exchanged(server, head + b"%x\r\n%b\r\n0\r\n" % (len(body), body) + trailers)
+        assert (status, json.loads(answer)["duplicate"]) == (202, False)
+
+
+@only_sqlite
+def test_what_was_stored_is_not_answered_400_for_what_came_behind_it(server: Server) -> None:
+    body = b'{"event_type": "a", "data": {}}'
+    head = b"POST /api/v1/events HTTP/1.1\r\nHost: localhost\r\n" + JSON
+    for behind in (b"nonsense\r\n\r\n", b"GET ?x HTTP/1.1\r\n" + LAST):
+        status, headers, _ = exchanged(server, head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body) + behind)
+        assert (status, headers["connection"]) == (202, "close")
+    assert len(server.client.get("/api/v1/events").json()["data"]) == 2
+
+
+@only_sqlite
 def test_a_websocket_handshake_is_refused_in_json(server: Server) -> None:
     for path in (b"/health", b"/api/v1/events", b"/ws"):
         handshake = b"GET " + path + b" HTTP/1.1\r\n" + UPGRADE % b"websocket"
@@ -220,6 +242,24 @@ def test_serves_on_is_printed_once_the_port_is_bound(place: Place) -> None:
 
 
 @only_sqlite
+def test_the_service_serves_though_nobody_reads_its_output(place: Place) -> None:
+    port = free_port()
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = environment(DATABASE_URL=place.url, PORT=str(port))
+    command = [sys.executable, str(ROOT / "app.py")]
+    process = subprocess.Popen(command, env=env, cwd=place.folder, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    try:
+        assert process.stderr
+        assert any("Application startup complete" in line for line in process.stderr)
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    finally:
+        process.terminate()
+        assert "Traceback" not in process.communicate(timeout=20)[1]
+
+
+@only_sqlite
 def test_a_port_in_use_is_one_line_and_not_said_to_be_served(place: Place) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -229,7 +269,7 @@ def test_a_port_in_use_is_one_line_and_not_said_to_be_served(place: Place) -> No
 
 @only_sqlite
 def test_a_host_that_is_not_ours_is_one_line_that_names_it(place: Place) -> None:
-    for host in ("203.0.113.9", "nowhere.invalid"):
+    for host in ("203.0.113.9", "nowhere.invalid", "db..example", "a" * 64):
         status, printed, said = started(place, HOST=host)
         assert (status, printed, said.count("\n")) == (1, "", 1)
         assert said.startswith("Hookline cannot start: ") and host in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import socket
+from contextlib import suppress
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -22,7 +23,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and sockets:
             host, port = self.config.host, sockets[0].getsockname()[1]
-            print(f"Hookline serves on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+            with suppress(OSError):  # nobody reads it, or the disk behind it is full
+                print(f"Hookline serves on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -37,6 +39,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
         if exc.errno == errno.EADDRINUSE:
             raise OSError(f"port {port} on {host} is in use") from None
         raise OSError(f"it cannot listen on HOST {host}, PORT {port}: {exc.strerror}") from None
+    except UnicodeError:  # of getaddrinfo: a part of the name is empty or too long
+        raise OSError(f"it cannot listen on HOST {host}: this is not the name of a host") from None
     return sockets
 
 
@@ -50,6 +54,7 @@ class Protocol(HttpToolsProtocol):
             self.refusal = NO_UPGRADE
             raise ValueError(NO_UPGRADE)  # ends in send_400_response
         super().on_headers_complete()
+        self.headers = []  # the parser reports trailers as headers, too: they are none of this request's
 
     def has_body(self) -> bool:
         """The parser takes the body for what follows an upgrade, and drops it."""
@@ -60,6 +65,9 @@ class Protocol(HttpToolsProtocol):
         """Clients that would rather speak HTTP/2, such as `curl --http2`, are answered in HTTP/1.1."""
 
     def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
+            self.cycle.keep_alive = False  # the request before is whole: its answer is the last one here
+            return
         body = json.dumps({"detail": self.refusal}).encode()
         headers = [
             *self.server_state.default_headers,
