@@ -394,5 +394,5 @@ def progress_bar() -> Iterator[imports.Progress]:
 
 
 if __name__ == "__main__":
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115: it may have been closed: there is nothing to read then
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - it may have been closed: nothing to read then
     main()
