@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -19,7 +20,7 @@ from typing import Any
 from peewee import Database
 
 from hookline import clock, imports
-from hookline.database import connected, transaction
+from hookline.database import alone, connected, is_postgres, transaction
 from hookline.egress import Network, literal_refusal
 from hookline.errors import Invalid
 from hookline.failures import in_peewees_words
@@ -42,6 +43,7 @@ AS_STORED = re.compile(  # but for the Z: so the replaced service wrote it
 TIMES = ("created_at", "last_success", "last_failure")
 COUNTS = ("total_calls", "failed_calls")
 MAX_COUNT = 2**63 - 1
+ADVISORY_LOCK = 0x696D706F7274  # "import"; one lock of a PostgreSQL database
 
 
 @dataclass
@@ -96,7 +98,8 @@ def import_file(
             tell(imports.plan(db, rows, overwrite=overwrite), overwrite, report)
             return report
         report.backup = back_up(path, content)
-        with transaction(db), in_peewees_words:
+        # On PostgreSQL two imports at once would both insert what is new; SQLite has one writer.
+        with alone(db, ADVISORY_LOCK) if is_postgres(db) else nullcontext(), transaction(db), in_peewees_words:
             plan = imports.plan(db, rows, overwrite=overwrite, lock=True)
             imports.write(db, plan, progress or silent)
     tell(plan, overwrite, report)

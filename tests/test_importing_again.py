@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, imports
+from hookline.database import is_postgres
 from hookline.transfer import Report, export_file, import_file
 from models import Delivery, Event, Import, Lane, Webhook
 from tests.conftest import SECRET, manage
-from tests.databases import Place
+from tests.databases import Place, wait_for_a_waiter
 
 FILED = "the-secret-of-the-file"
 NEWER = "a-newer-secret-of-the-file"
@@ -277,3 +280,25 @@ def test_the_command_lists_conflicts_and_overwrites_when_told(place: Place, db: 
     done = manage(place, "import", str(file), "--overwrite")
     assert "imported: 0 new, 1 updated, 1 unchanged, 0 invalid, 1 with conflicts\n" in done.stdout
     assert row(db)["team"] == "theirs"
+
+
+def test_an_import_that_another_one_is_in_the_way_of_waits_and_finds_nothing_new(
+    place: Place, db: Database, file: Path
+) -> None:
+    holds, goes_on = threading.Event(), threading.Event()
+
+    def hold(what: str, done: int, total: int) -> None:
+        if what == "written":
+            holds.set()
+            assert goes_on.wait(20)
+
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(import_file, db, file, progress=hold)
+        assert holds.wait(20)
+        second = threads.submit(import_file, db, file)
+        if is_postgres(db):
+            wait_for_a_waiter(place.url)
+        goes_on.set()
+        assert first.result(20).new > 0
+        report = second.result(20)
+    assert (report.new, report.unchanged) == (0, first.result().new)
