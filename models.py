@@ -25,6 +25,7 @@ from peewee import (
 )
 
 db = DatabaseProxy()
+IN_ORDER = "1970-01-01T00:00:00.000000Z"  # see Delivery
 
 
 def stored_time(moment: datetime) -> str:
@@ -190,6 +191,13 @@ Delivery.add_index(Delivery.webhook, Delivery.delivery_id, name="idx_deliveries_
 Delivery.add_index(
     Delivery.webhook, Delivery.next_attempt_at, where=SQL("status = 'pending'"), name="idx_deliveries_pending"
 )
+# What is being made in order, at most one of a webhook: to know whether there is one, however many wait behind it.
+Delivery.add_index(
+    Delivery.webhook,
+    Delivery.next_attempt_at,
+    where=SQL(f"status = 'pending' AND leased AND next_attempt_at = '{IN_ORDER}'"),
+    name="idx_deliveries_made",
+)
 
 
 class Attempt(Table):
@@ -276,7 +284,5 @@ class Worker(Table):
     class Meta:
         table_name = "workers"
 
-
-IN_ORDER = "1970-01-01T00:00:00.000000Z"
 
 TABLES: list[type[Model]] = [Webhook, Subscription, Event, Delivery, Attempt, Lane, Import, Replay, Worker]

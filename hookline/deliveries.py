@@ -94,7 +94,7 @@ def retry(db: Database, delivery_id: int) -> Row:
         again = {"attempts_before": Delivery.attempts} if row["status"] in FINAL else {}
         due = read_time(IN_ORDER) if row["ordered"] else now
         _move(db, row, status=Status.PENDING, leased=False, next_attempt_at=due, finished_at=None, reason=None, **again)
-        waking.queue(db, "delivery_id IN (SELECT id FROM {numbers})", sql.ids([delivery_id]), open_now=True)
+        waking.queue(db, waking.OF_WEBHOOKS, sql.ids([row["webhook_id"]]), open_now=True)
         return get(db, delivery_id)
 
 

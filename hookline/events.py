@@ -329,15 +329,14 @@ def _queue_published(db: Database, so_far: Uncommitted, event_ids: Sequence[str]
 
     All events of a caller's own transaction at once, after its commit: one write more, however many they are.
     """
-    condition = "event_id IN (SELECT id FROM {given}) AND NOT leased"
     if in_unit(db):
-        waking.queue(db, condition, sql.ids(event_ids))
+        waking.queue(db, waking.OF_EVENTS, sql.ids(event_ids))
         return
 
     def open_lanes() -> None:
         unopened, so_far.unopened = so_far.unopened, []
         if unopened:
-            waking.open_lanes(db, condition, sql.ids(unopened))
+            waking.open_lanes(db, waking.OF_EVENTS, sql.ids(unopened))
             waking.outlet_of(db).wake(Wake())
 
     so_far.unopened += event_ids

@@ -228,8 +228,7 @@ def _count(db: Database, step: Step, made: Sequence[int]) -> None:
     """Add what was made due to the count, and open the lane; one that rests is opened by the first step alone."""
     add = f"UPDATE replays SET deliveries = deliveries + {len(made)} WHERE replay_id = {db.param} RETURNING deliveries"
     (total,) = db.execute_sql(add, (step.replay_id,)).fetchone()
-    of_one = "delivery_id IN (SELECT id FROM {numbers})"  # the webhook may have many more that wait
-    waking.queue(db, of_one, sql.ids(made[:1]), open_now=total == len(made))
+    waking.queue(db, waking.OF_WEBHOOKS, sql.ids([step.webhook_id]), open_now=total == len(made))
 
 
 def _end(db: Database, replay_id: str, reason: str) -> bool:

@@ -20,6 +20,11 @@ from models import IN_ORDER, stored_time
 
 log = logging.getLogger("hookline")
 
+OF_WEBHOOKS = (  # one seek for each: it may have any number that wait
+    "FROM (SELECT id AS webhook_id FROM {given}) AS w WHERE (SELECT d.next_attempt_at FROM deliveries d "
+    "WHERE d.webhook_id = w.webhook_id AND d.status = 'pending' ORDER BY d.next_attempt_at LIMIT 1) IS NOT NULL"
+)
+OF_EVENTS = "FROM deliveries WHERE event_id IN (SELECT id FROM {given}) AND NOT leased"
 MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that somebody is making
     "(SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
     f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
@@ -77,16 +82,15 @@ def _detach() -> None:
         _outlets[db] = Outlet(outlet.max_payload, outlet.lease, wake=lambda wake, db=db: notices.send(db))  # type: ignore[misc]
 
 
-def queue(db: Database, condition: str, *parameters: Any, open_now: bool = False) -> None:
-    """Make the lanes due of the webhooks whose deliveries meet the condition, but no lane before it opens.
+def queue(db: Database, which: str, ids: str, *, open_now: bool = False) -> None:
+    """Make lanes due, but none before it opens: `OF_WEBHOOKS` of these ids for which something waits, or `OF_EVENTS`.
 
-    `{given}` in the condition is a FROM item with a column `id`, of the ids in its parameter (`{numbers}`: of those
-    that are numbers). With `open_now` a lane that rests is opened.
+    With `open_now` a lane that rests is opened.
     """
-    change_lanes(db, lambda: open_lanes(db, condition, *parameters, open_now=open_now))
+    change_lanes(db, lambda: open_lanes(db, which, ids, open_now=open_now))
 
 
-def open_lanes(db: Database, condition: str, *parameters: Any, open_now: bool = False) -> None:
+def open_lanes(db: Database, which: str, ids: str, *, open_now: bool = False) -> None:
     moment = sql.moment(db)
     due = sql.later(db, "lanes.open_at", sql.sooner(db, "lanes.due_at", "excluded.due_at"))
     change = f"due_at = {due}"
@@ -95,12 +99,11 @@ def open_lanes(db: Database, condition: str, *parameters: Any, open_now: bool = 
             "due_at = excluded.due_at, open_at = NULL "
             f"WHERE NOT coalesce(lanes.open_at > excluded.due_at, FALSE) OR NOT EXISTS {MADE_IN_ORDER}"
         )
-    where = condition.format(given=sql.rows(db, "id"), numbers=sql.rows(db, "id bigint"))
     statement = (
-        f"INSERT INTO lanes (webhook_id, due_at, failures) SELECT DISTINCT webhook_id, {moment}, 0 FROM deliveries "
-        f"WHERE {where} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
+        f"INSERT INTO lanes (webhook_id, due_at, failures) SELECT DISTINCT webhook_id, {moment}, 0 "
+        f"{which.format(given=sql.rows(db, 'id'))} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
     )
-    db.execute_sql(statement, (stored_time(clock.now()), *parameters))
+    db.execute_sql(statement, (stored_time(clock.now()), ids))
 
 
 def change_lanes(db: Database, step: Callable[[], Any]) -> None:

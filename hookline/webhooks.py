@@ -19,7 +19,7 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, forks, missed, reports, resting, rotation, schema, sql, waking
+from hookline import clock, events, forks, missed, removal, reports, resting, rotation, schema, sql, waking
 from hookline.database import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
 from hookline.delivery import Worker
 from hookline.egress import Client
@@ -34,11 +34,6 @@ from models import Subscription, Webhook, read_time, stored_time
 log = logging.getLogger("hookline")
 
 BY_REQUEST = "disabled by request"
-WAITING = (  # one of them: a webhook may have any number that wait
-    "delivery_id IN (SELECT d.delivery_id FROM {given} CROSS JOIN deliveries d "
-    "WHERE d.webhook_id = given.id AND d.status = 'pending' LIMIT 1)"
-)
-
 REGISTER_COLUMNS = (
     "webhook_id",
     "url",
@@ -177,7 +172,12 @@ class WebhookManager:
         return webhooks
 
     def unregister(self, webhook_id: str) -> bool:
-        """Delete a webhook and all that hangs on it; False if there is none of that id. Raises Unavailable."""
+        """Delete a webhook and all that hangs on it; False if there is none of that id. Raises Unavailable.
+
+        If it has many deliveries they go first, in short steps, unless the caller's own transaction is open.
+        """
+        if not self.db.in_transaction():
+            removal.clear(self.db, webhook_id)
         with transaction(self.db):
             return bool(self.db.execute_sql(self._delete, (webhook_id,)).rowcount)
 
@@ -262,7 +262,7 @@ class WebhookManager:
 
     def _switched(self, webhook_id: str, enabled: bool) -> dict[str, Any]:
         """What changes with `enabled`. What waits for a disabled webhook is cancelled, by the worker, in its lane."""
-        waking.queue(self.db, WAITING, sql.ids([webhook_id]), open_now=True)
+        waking.queue(self.db, waking.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
         if enabled:
             return {"disabled_at": None, "disabled_reason": None, "failing_since": None}
         waking.after_commit(self.db, partial(reports.disabled, webhook_id, BY_REQUEST))

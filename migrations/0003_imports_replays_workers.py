@@ -69,6 +69,18 @@ OVERLAPS = {
 }
 
 
+# Of strict order: what is being made. And, on PostgreSQL, the order of those that wait: SQLite's index has it already.
+MADE = """CREATE INDEX idx_deliveries_made ON deliveries (webhook_id, next_attempt_at)
+    WHERE status = 'pending' AND leased AND next_attempt_at = '1970-01-01T00:00:00.000000Z'"""
+WAITING = "CREATE INDEX idx_deliveries_pending ON deliveries ({columns}) WHERE status = 'pending'"
+
+
+def order(db, columns):
+    if not isinstance(db, SqliteDatabase):
+        db.execute_sql("DROP INDEX idx_deliveries_pending")
+        db.execute_sql(WAITING.format(columns=columns))
+
+
 def up(migrator, db):
     migrator.migrate(
         migrator.add_column("webhooks", "earlier_secrets", TextField(null=True)),
@@ -77,9 +89,13 @@ def up(migrator, db):
     db.create_tables(tables(db), safe=False)
     for name, where in OVERLAPS.items():
         db.execute_sql(f"CREATE INDEX {name} ON webhooks {where}")
+    db.execute_sql(MADE)
+    order(db, "webhook_id, next_attempt_at, delivery_id")
 
 
 def down(migrator, db):
+    order(db, "webhook_id, next_attempt_at")
+    db.execute_sql("DROP INDEX idx_deliveries_made")
     for name in OVERLAPS:
         db.execute_sql(f"DROP INDEX {name}")
     db.drop_tables(tables(db), safe=False)

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from hookline import deliveries, egress, events, history, missed, replays
+from hookline import deliveries, egress, events, history, missed, removal, replays
 from hookline.errors import NotFound, Unavailable
 from hookline.registration import Registration, generate_secret, host_of
 from hookline.storage import Storage
@@ -92,7 +92,9 @@ async def list_all(request: Request) -> Response:
 
 
 async def delete(request: Request) -> Response:
-    found = await storage_of(request).write(manager_of(request).unregister, request.path_params["webhook_id"])
+    storage, webhook_id = storage_of(request), request.path_params["webhook_id"]
+    await removal.clear_beside(storage, webhook_id)
+    found = await storage.write(manager_of(request).unregister, webhook_id)
     if not found:
         return Json({"detail": "Webhook not found"}, 404)
     return Response(status_code=204, media_type="application/json")
