@@ -17,7 +17,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -139,7 +139,7 @@ def _leave(db: Any) -> bool:
             own.close()
     _keep(own)
     db._state.reset()
-    if db.thread_safe:
+    if db.thread_safe and not isinstance(db._lock, nullcontext):  # which `PostgresPool` has, and keeps
         db._lock = threading.Lock()  # another thread of the parent's may have had it
     if isinstance(db, PooledDatabase):
         _keep(db._connections, db._in_use)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, SECRET, environment
+from tests.conftest import ROOT, SECRET, environment, only_postgres
 from tests.databases import Place, execute
 
 HEAD = """
@@ -256,3 +256,24 @@ def test_a_storage_of_the_parent_takes_nothing_in_a_child(place: Place) -> None:
     assert events(place) == 2
     # What the child published is not leased to its parent's worker, which knows nothing of it.
     assert rows(place, "SELECT count(*) FROM deliveries WHERE status = 'pending' AND leased") == [(0,)]
+
+
+CONNECTS = (
+    HEAD
+    + """
+manager = WebhookManager(url)
+publish("a", {})
+if os.fork() == 0:
+    with manager.db._lock:  # as Peewee does while a thread waits for a server that does not answer
+        other = threading.Thread(target=publish, args=("a", {}), daemon=True)
+        other.start()
+        other.join(10)
+        os._exit(other.is_alive())
+assert os.wait()[1] == 0
+"""
+)
+
+
+@only_postgres
+def test_a_child_whose_thread_waits_for_a_new_connection_goes_on_with_those_it_has(place: Place) -> None:
+    run(CONNECTS, place)
