@@ -23,6 +23,8 @@ LOOKED_BACK = 100_000  # deliveries from before an endpoint began to fail that a
 PAYLOADS_AT_ONCE = 200  # each has up to MAX_PAYLOAD
 UNDELIVERED = (Status.FAILED, Status.CANCELLED)
 WANTED = {"failed": UNDELIVERED, "all": (*UNDELIVERED, Status.SUCCEEDED)}
+FORMERLY = "webhook.disabled"  # what releases before `hookline.*` published, and `*` got: it names others' webhooks
+FORMER_FIELDS = {"webhook_id", "reason", "event_type", "timestamp"}  # of its payload
 
 Row = dict[str, Any]
 Position = tuple[str, str]  # the time and id of an event
@@ -135,15 +137,17 @@ def _is_wanted(wanted: frozenset[str], event_id: str, event_type: str) -> bool:
 
 def _addressed(db: Database, webhook: Row, kinds: dict[str, str]) -> list[str]:
     """Of these events, given with their types, those whose data does not speak against this webhook."""
-    team = webhook["team"] or ""
-    doubtful = [event_id for event_id, kind in kinds.items() if team or kind.startswith(events.OWN)]
+    team, named = webhook["team"] or "", FORMERLY in json.loads(webhook["events"])
+    ours = (events.OWN, FORMERLY)
+    doubtful = [event_id for event_id, kind in kinds.items() if team or kind.startswith(ours)]
     refused: set[str] = set()
     select = f"SELECT event_id, payload FROM events WHERE event_id IN (SELECT id FROM {sql.rows(db, 'id')})"
     for at in range(0, len(doubtful), PAYLOADS_AT_ONCE):
         for event_id, payload in db.execute_sql(select, (sql.ids(doubtful[at : at + PAYLOADS_AT_ONCE]),)).fetchall():
             data = json.loads(payload)
             is_about_it = events.is_about(webhook["webhook_id"], kinds[event_id], data)
-            if is_about_it or (team and team not in events.teams_of(data)):
+            is_former = kinds[event_id] == FORMERLY and set(data) == FORMER_FIELDS
+            if is_about_it or (is_former and not named) or (team and team not in events.teams_of(data)):
                 refused.add(event_id)
     return [event_id for event_id in kinds if event_id not in refused]
 

@@ -64,6 +64,23 @@ def test_a_replay_brings_a_customer_of_all_events_none_of_ours(
     assert {one["event_type"] for one in deliveries.page(db, webhook_id=star)} == {"goal", "Hookline.webhook.disabled"}
 
 
+def test_a_replay_after_an_update_brings_a_customer_of_all_events_no_webhook_disabled_of_the_release_before(
+    db: Database, manager: WebhookManager, star: str
+) -> None:
+    since = clock.now() - timedelta(minutes=1)
+    by_name = manager.register(URL, ["webhook.disabled"], SECRET)
+    for webhook_id in (star, by_name):
+        manager.update(webhook_id, {"enabled": False})
+    ours = NewEvent("webhook.disabled", {"webhook_id": "another's", "reason": "the endpoint answered 410 Gone"})
+    theirs = NewEvent("webhook.disabled", {"hook": 1})
+    events.publish_all(db, [ours, theirs])
+    for webhook_id, number in ((star, 1), (by_name, 2)):
+        manager.update(webhook_id, {"enabled": True})
+        assert replayed(db, webhook_id, since) == number
+    (made,) = deliveries.page(db, webhook_id=star)
+    assert "another's" not in str(history.get(db, made["event_id"]))
+
+
 def test_a_webhook_never_hears_of_itself_by_replay_neither(db: Database, manager: WebhookManager, named: str) -> None:
     since = clock.now() - timedelta(minutes=1)
     of_itself = disabled_event(db, named)
