@@ -33,7 +33,6 @@ DEFAULTS = {
 DISABLED = ("disabled_at", "disabled_reason", "failing_since")  # what changes with `enabled`
 OVERLAP = ("previous_secret", "previous_secret_expires_at", "earlier_secrets")  # what ends with a new secret
 REASON = "disabled in the imported file"
-WAITING = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
 COMPLETE = frozenset(MERGED)
 BATCH = 2000
 
@@ -218,7 +217,7 @@ def write(db: Database, decided: Plan, progress: Progress) -> None:
     )
     reopened = [row["webhook_id"] for row in decided.updated if row["changed"] & {"enabled", "url"}]
     if reopened:
-        waking.queue(db, WAITING, sql.ids(reopened), open_now=True)
+        waking.queue(db, waking.OF_WEBHOOKS, sql.ids(reopened), open_now=True)
 
 
 def subscribe(db: Database, decided: Plan) -> None:

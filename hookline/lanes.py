@@ -23,7 +23,6 @@ from models import IN_ORDER, read_time, stored_time
 LANES_AT_ONCE = 100
 CANCELLED_AT_ONCE = 1000
 DISABLED_EVENT = f"{events.OWN}webhook.disabled"
-OF_WEBHOOKS = "webhook_id IN (SELECT id FROM {given}) AND status = 'pending'"
 GONE = "the endpoint answered 410 Gone"
 DELINQUENT = "every attempt has failed for too long"
 BY_DISABLING = "the webhook was disabled"
@@ -313,7 +312,7 @@ def disable(db: Database, ids: Iterable[str], reason: str, now: str, failing_sin
     parameters = [now, reason, sql.ids(wanted), *([failing_since] if failing_since else [])]
     disabled = [row[0] for row in db.execute_sql(statement, parameters).fetchall()]
     if disabled:
-        waking.queue(db, OF_WEBHOOKS, sql.ids(disabled), open_now=True)
+        waking.queue(db, waking.OF_WEBHOOKS, sql.ids(disabled), open_now=True)
         news = [events.NewEvent(DISABLED_EVENT, {"webhook_id": one, "reason": reason}, own=True) for one in disabled]
         events.publish_all(db, news)
     return disabled
@@ -330,4 +329,4 @@ def release(db: Database, delivery_ids: Sequence[int]) -> None:
         WHERE {given} RETURNING webhook_id"""
     rows = db.execute_sql(statement, (IN_ORDER, now, sql.ids(delivery_ids))).fetchall()
     if rows:
-        waking.queue(db, OF_WEBHOOKS, sql.ids({webhook_id for (webhook_id,) in rows}), open_now=True)
+        waking.queue(db, waking.OF_WEBHOOKS, sql.ids({webhook_id for (webhook_id,) in rows}), open_now=True)

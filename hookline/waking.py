@@ -25,6 +25,11 @@ MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that s
     f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
 )
 
+OF_WEBHOOKS = (  # the next one of each: any number may wait, and the writer must not read them all
+    "delivery_id IN (SELECT (SELECT d.delivery_id FROM deliveries d "
+    "WHERE d.webhook_id = given.id AND d.status = 'pending' ORDER BY d.next_attempt_at LIMIT 1) FROM {given})"
+)
+
 
 class Slots(NamedTuple):
     """What the worker of this process can take now: so many in all; of one webhook its share, less what it has."""

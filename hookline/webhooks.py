@@ -34,10 +34,6 @@ from models import Subscription, Webhook, read_time, stored_time
 log = logging.getLogger("hookline")
 
 BY_REQUEST = "disabled by request"
-WAITING = (  # one of them: a webhook may have any number that wait
-    "delivery_id IN (SELECT d.delivery_id FROM {given} CROSS JOIN deliveries d "
-    "WHERE d.webhook_id = given.id AND d.status = 'pending' LIMIT 1)"
-)
 
 REGISTER_COLUMNS = (
     "webhook_id",
@@ -262,7 +258,7 @@ class WebhookManager:
 
     def _switched(self, webhook_id: str, enabled: bool) -> dict[str, Any]:
         """What changes with `enabled`. What waits for a disabled webhook is cancelled, by the worker, in its lane."""
-        waking.queue(self.db, WAITING, sql.ids([webhook_id]), open_now=True)
+        waking.queue(self.db, waking.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
         if enabled:
             return {"disabled_at": None, "disabled_reason": None, "failing_since": None}
         waking.after_commit(self.db, partial(reports.disabled, webhook_id, BY_REQUEST))
