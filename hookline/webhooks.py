@@ -281,7 +281,7 @@ class WebhookManager:
     def send_test(
         self, webhook_id: str, event_type: str | None = None, data: Mapping[str, Any] | None = None
     ) -> Published:
-        """An event for this webhook alone, whatever it has subscribed to: of type `webhook.test` unless given.
+        """An event for this webhook alone, whatever it has subscribed to: of type `hookline.webhook.test` unless given.
 
         Raises NotFound, Conflict (it is disabled), Invalid, TooLarge, Unavailable.
         """

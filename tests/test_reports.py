@@ -151,7 +151,7 @@ def result_of(webhook_id: str, code: int) -> Settled:
         rate_limit=None,
         ordered=False,
         event_type="goal",
-        body=b"",
+        body=b"x" * 1000,
         event_time="",
         leased_at=0.0,
     )
@@ -189,6 +189,7 @@ def test_that_an_endpoint_works_again_is_told_when_its_minute_is_over_though_not
     tell(told, result_of("a", 500), result_of("b", 500), result_of("b", 200), result_of("a", 200), result_of("b", 502))
     told.catch_up()
     assert len(lines(log, "fails")) == 2 and lines(log, "again") == []
+    assert [one.job.body for one in told._unsaid.values()] == [b""]  # bodies would be kept for a minute, of all
     now.now += reports.REST
     for _ in range(2):
         told.catch_up()
