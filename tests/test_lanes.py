@@ -368,3 +368,15 @@ def test_opening_the_lane_of_a_webhook_costs_the_same_however_much_waits(
 
 def count_one(counted: list[int]) -> None:
     counted[0] += 1
+
+
+@pytest.mark.parametrize(("change", "enabled"), [({"url": "http://new/"}, True), ({"team": None}, False)])
+def test_a_410_of_the_endpoint_that_was_replaced_meanwhile_does_not_disable_the_new_one(
+    db: Database, manager: WebhookManager, webhook_id: str, change: dict[str, Any], enabled: bool
+) -> None:
+    publish(db)
+    (job,) = claim(db)
+    manager.update(webhook_id, change)
+    settle(db, settled(job, 410))
+    assert manager.get(webhook_id)["enabled"] is enabled
+    assert deliveries.get(db, job.delivery_id)["status"] == "failed"
