@@ -380,3 +380,17 @@ def test_a_410_of_the_endpoint_that_was_replaced_meanwhile_does_not_disable_the_
     settle(db, settled(job, 410))
     assert manager.get(webhook_id)["enabled"] is enabled
     assert deliveries.get(db, job.delivery_id)["status"] == "failed"
+
+
+def test_what_the_lane_was_closed_for_says_more_of_it_than_a_failure_that_was_begun_before(
+    db: Database, webhook_id: str, after: Callable[[float], None]
+) -> None:
+    publish(db, 4)
+    first, before, *_ = claim(db)
+    settle(db, settled(first, 500))
+    publish(db)
+    after(policy.LANE_BACKOFF + 1)
+    (probe,) = claim(db)
+    assert probe.exclusive and not before.exclusive
+    settle(db, settled(probe, 200), settled(before, 500))
+    assert opens(db, webhook_id) == 0
