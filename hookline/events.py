@@ -94,6 +94,8 @@ def publish(event_type: str, data: Mapping[str, Any], idempotency_key: str | Non
     Inside the caller's own `with db.atomic():` the event commits or vanishes with the caller's rows. Raises Invalid,
     TooLarge, Conflict (the key was used with other content), Unavailable.
     """
+    if models.db.obj is None:
+        raise Invalid("no database is bound: make a WebhookManager first, or call models.db.initialize(database)")
     adopt(models.db.obj)
     return publish_one(models.db.obj, NewEvent(event_type, data, idempotency_key))
 

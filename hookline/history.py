@@ -45,8 +45,8 @@ def get(db: Database, event_id: str) -> Row:
 def explain(db: Database, event_id: str, *, limit: int = 50, after: str = "") -> list[Row]:
     """For each webhook, by id: did it match the event, and if not, why. Raises NotFound, Unavailable.
 
-    Reasons: `matched`, `disabled`, `not subscribed`, `another team`, `a test of another webhook`, or `changed since`
-    where it would match today.
+    Reasons: `matched`, `disabled`, `not subscribed`, `about this webhook`, `another team`, `a test of another webhook`,
+    or `changed since` where it would match today.
     """
     with connected(db):
         event = _event(db, event_id)

@@ -239,9 +239,8 @@ def settle(db: Database, settled: Sequence[Settled], delinquent_since: str, only
     found = attempts.record(db, [_settled_row(one, now) for one in settled])
     counts = _counts(one for one in settled if one.job.delivery_id in found and found[one.job.delivery_id].is_new)
     db.execute_sql(count_sql(db), (sql.parameter(counts),))
-    resting.settle(db, settled, now)
-    failures = [one for one in settled if not one.is_success]
-    over = [one for one in failures if one.settlement.status == "failed" and one.job.delivery_id in found]
+    failures = resting.settle(db, settled, now)
+    over = [one for one in settled if one.settlement.status == "failed" and one.job.delivery_id in found]
     final = [one for one in over if found[one.job.delivery_id].status == "failed"]
     return Outcomes(left, final, _disable(db, failures, now, delinquent_since) if failures else {})
 

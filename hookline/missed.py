@@ -130,11 +130,6 @@ def _made(db: Database, webhook_id: str, event_ids: Sequence[str]) -> dict[str, 
     return {event_id: (delivery_id, status) for event_id, delivery_id, status in rows}
 
 
-def _is_wanted(wanted: frozenset[str], event_id: str, event_type: str) -> bool:
-    is_test = event_id.startswith(events.TEST_ID)  # was for one webhook alone
-    return not is_test and any(name in wanted for name in events.subscriptions_to(event_type))
-
-
 def _addressed(db: Database, webhook: Row, kinds: dict[str, str]) -> list[str]:
     """Of these events, given with their types, those whose data does not speak against this webhook."""
     team, named = webhook["team"] or "", FORMERLY in json.loads(webhook["events"])

@@ -124,6 +124,9 @@ async def _round(storage: Storage) -> bool:
         ids, went_on = await storage.read(running, storage.db), False
     except Unavailable:  # the worker says so
         return False
+    except Exception:  # whatever it is, the next round comes
+        log.exception("looking for replays failed")
+        return False
     loop = asyncio.get_running_loop()
     for replay_id in ids:
         began = loop.time()

@@ -60,7 +60,7 @@ class Reports:
                 self._said.pop(webhook_id, None)
             return
         if now - said.at < REST:
-            self._unsaid[webhook_id] = one
+            self._unsaid[webhook_id] = one._replace(job=one.job._replace(body=b""))  # which may be large
             return
         self._said[webhook_id] = Said(fails, now)
         self._said.move_to_end(webhook_id)

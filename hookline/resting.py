@@ -46,11 +46,14 @@ class Change:
     is_asked: bool  # did the endpoint say when to come again?
 
 
-def settle(db: Database, settled: Sequence[Settled], now: str) -> None:
-    """Change the lanes of what is tried again, and those that were closed for an attempt. Most need no change."""
+def settle(db: Database, settled: Sequence[Settled], now: str) -> list[Settled]:
+    """Change the lanes of what is tried again, and those that were closed for an attempt. Most need no change.
+
+    Returns the failures of endpoints that are still those of their webhooks.
+    """
     concerned = [one for one in settled if one.job.exclusive or not one.is_success]
     if not concerned:
-        return
+        return []
     found = _endpoints(db, concerned)
     _put_in_the_queue(db, concerned, found)
     changes = [
@@ -58,6 +61,8 @@ def settle(db: Database, settled: Sequence[Settled], now: str) -> None:
         for webhook_id, one in _lanes_after(settled, found, clock.now()).items()
     ]
     db.execute_sql(lanes_sql(db), (sql.parameter(changes), now))
+    known = [one for one in concerned if not one.is_success and one.job.delivery_id in found]
+    return [one for one in known if not found[one.job.delivery_id].is_another(one.job)]
 
 
 def _endpoints(db: Database, settled: Sequence[Settled]) -> dict[int, Endpoint]:

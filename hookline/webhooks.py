@@ -247,11 +247,12 @@ class WebhookManager:
             before = self.get(webhook_id)
             after = {**before, **changes}
             values = {name: encoded(name, value) for name, value in changes.items()}
-            again = changes.get("enabled") is True and not before["enabled"]
             if changes.get("enabled", before["enabled"]) != before["enabled"]:
                 values |= self._switched(webhook_id, changes["enabled"])
+            if after["url"] != before["url"]:
+                values["failing_since"] = None  # the new endpoint has not failed yet
             values["updated_at"] = clock.now()
-            began = self._began_missing(webhook_id) if again else None
+            began = self._began_missing(webhook_id) if after["enabled"] and not before["enabled"] else None
             Webhook.update(values).where(Webhook.webhook_id == webhook_id).execute(self.db)
             resting.reopen(self.db, webhook_id, before, changes)
             if "events" in changes or "team" in changes:
@@ -285,7 +286,7 @@ class WebhookManager:
     def send_test(
         self, webhook_id: str, event_type: str | None = None, data: Mapping[str, Any] | None = None
     ) -> Published:
-        """An event for this webhook alone, whatever it has subscribed to: of type `webhook.test` unless given.
+        """An event for this webhook alone, whatever it has subscribed to: of type `hookline.webhook.test` unless given.
 
         Raises NotFound, Conflict (it is disabled), Invalid, TooLarge, Unavailable.
         """

@@ -5,43 +5,28 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from datetime import timedelta
-from ipaddress import ip_network
 from typing import Any
 
 import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, lanes, policy
-from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.lanes import Job, Outcomes, Settled
 from hookline.policy import Result, Rules
-from hookline.storage import storage_of, write_now
+from hookline.storage import write_now
 from models import Webhook, stored_time
 from tests.conftest import SECRET
 from tests.receiver import Answer, Received, Receiver
 from tests.replaying import replayed
+from tests.working import working
 
 RULES = Rules(retry_schedule=(0.05,), lease=30, timeout=10, concurrency=4)
 NOBODY = stored_time(clock.now() - timedelta(days=5))  # has failed since then
 
 Row = dict[str, Any]
-
-
-@asynccontextmanager
-async def working(db: Database) -> AsyncIterator[Worker]:
-    storage = storage_of(db)
-    worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=RULES.timeout), RULES)
-    await storage.start()
-    await worker.start()
-    try:
-        yield worker
-    finally:
-        await worker.stop()
-        await storage.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +91,7 @@ async def test_a_request_that_was_under_way_when_its_delivery_was_cancelled_is_i
 ) -> None:
     held = receiver.answers["/hook"] = Held(status_code, b"said")
     webhook_id = manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
-    async with working(db) as worker:
+    async with working(db, RULES) as worker:
         manager.send_event("goal", {})
         await asyncio.to_thread(held.has_begun.wait, 20)
         reason = await asyncio.to_thread(give_up, db, manager, webhook_id)
@@ -244,7 +229,7 @@ async def test_a_retry_schedule_that_cannot_be_used_is_replaced_by_the_services(
     manager.register(f"{receiver.url}/down", ["goal"], SECRET)
     with db.connection_context():
         Webhook.update(retry_schedule=schedule).execute(db)
-    async with working(db):
+    async with working(db, RULES):
         manager.send_event("goal", {})
         found = await until(ended(db))
     assert (found["status"], found["attempts"], found["reason"]) == ("failed", 2, "answered 500")
@@ -258,7 +243,7 @@ async def test_headers_that_cannot_be_sent_fail_the_delivery_in_words(
     manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
     with db.connection_context():
         Webhook.update(headers=headers).execute(db)
-    async with working(db):
+    async with working(db, RULES):
         manager.send_event("goal", {})
         found = await until(ended(db))
     assert (found["status"], found["attempts"]) == ("failed", 2)
@@ -279,7 +264,7 @@ async def test_a_result_that_cannot_be_recorded_is_a_failed_attempt_and_harms_no
     monkeypatch.setattr(Client, "post", post_with_a_flaw)
     flawed = manager.register(f"{receiver.url}/flawed", ["goal"], SECRET)
     sound = manager.register(f"{receiver.url}/sound", ["goal"], SECRET)
-    async with working(db) as worker:
+    async with working(db, RULES) as worker:
         manager.send_event("goal", {})
         await until(lambda: not deliveries.page(db, status="pending"))
         await until(lambda: worker.capacity.free == RULES.concurrency)

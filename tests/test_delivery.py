@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta
-from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -27,24 +25,11 @@ from models import stored_time
 from tests.conftest import SECRET, only_postgres
 from tests.databases import Place, plan, read_whole
 from tests.receiver import Answer, Received, Receiver
+from tests.working import LOOPBACK, working
 
 QUICK = Rules(retry_schedule=(0.1, 0.1, 0.1), lease=30, timeout=2, concurrency=16)
-LOOPBACK = [ip_network("127.0.0.0/8")]
 
 Row = dict[str, Any]
-
-
-@asynccontextmanager
-async def working(db: Database, rules: Rules = QUICK, client: Client | None = None) -> AsyncIterator[Worker]:
-    storage = storage_of(db)
-    worker = Worker(storage, client or Client(allowed=LOOPBACK, timeout=rules.timeout), rules)
-    await storage.start()
-    await worker.start()
-    try:
-        yield worker
-    finally:
-        await worker.stop()
-        await storage.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +72,7 @@ async def test_an_event_arrives_signed_in_both_schemes(
 ) -> None:
     secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
     webhook_id = manager.register(f"{receiver.url}/hook", ["goal"], secret, headers={"X-Own": "mine"})
-    async with working(db):
+    async with working(db, QUICK):
         published = manager.send_event("goal", {"n": 1})
         await until(ended(db))
     (got,) = receiver.received
@@ -105,7 +90,7 @@ async def test_a_rotation_signs_with_both_secrets_until_the_old_one_expires(
 ) -> None:
     old, new = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
     webhook_id = manager.register(f"{receiver.url}/hook", ["goal"], old)
-    async with working(db):
+    async with working(db, QUICK):
         manager.rotate(webhook_id, new, 3600)
         manager.send_event("goal", {})
         (first,) = await asyncio.to_thread(receiver.wait_for, 1)
@@ -122,7 +107,7 @@ async def test_failures_are_retried_on_the_schedule_and_every_attempt_is_kept(
 ) -> None:
     receiver.answers["/flaky"] = answering(500, 302, 404, 201)
     webhook_id = manager.register(f"{receiver.url}/flaky", ["goal"], SECRET)
-    async with working(db):
+    async with working(db, QUICK):
         manager.send_event("goal", {})
         ((delivery),) = await until(ended(db))
     assert (delivery["status"], delivery["attempts"]) == ("succeeded", 4)
@@ -141,7 +126,7 @@ async def test_a_delivery_fails_for_good_when_its_schedule_is_used_up(
     receiver.answers["/down"] = answering(503)
     webhook_id = manager.register(f"{receiver.url}/down", ["goal"], SECRET)
     manager.update(webhook_id, {"retry_schedule": [0.1]})
-    async with working(db):
+    async with working(db, QUICK):
         manager.send_event("goal", {})
         (delivery,) = await until(ended(db))
     assert (delivery["status"], delivery["attempts"], delivery["reason"]) == ("failed", 2, "answered 503")
@@ -150,7 +135,7 @@ async def test_a_delivery_fails_for_good_when_its_schedule_is_used_up(
 async def test_retry_after_is_honoured(db: Database, manager: WebhookManager, receiver: Receiver) -> None:
     receiver.answers["/busy"] = answering((429, {"Retry-After": "3600"}, b""))
     manager.register(f"{receiver.url}/busy", ["goal"], SECRET)
-    async with working(db):
+    async with working(db, QUICK):
         manager.send_event("goal", {})
         (waiting,) = await until(lambda: [one for one in deliveries.page(db) if one["attempts"] == 1])
     assert waiting["waiting_for"].startswith("back-off")
@@ -165,7 +150,7 @@ async def test_gone_disables_the_webhook_cancels_what_waits_and_tells_who_listen
     manager.update(webhook_id, {"ordered": True})
     manager.register(f"{receiver.url}/operator", ["hookline.webhook.disabled"], SECRET)
     events.publish_all(db, [NewEvent("goal", {"n": n}) for n in range(3)])
-    async with working(db):
+    async with working(db, QUICK):
         (news,) = await asyncio.to_thread(receiver.wait_for, 1, "/operator")
         found = await until(ended(db, 4))
     assert news.data["webhook_id"] == webhook_id and "410" in news.data["reason"]
@@ -179,7 +164,7 @@ async def test_gone_disables_the_webhook_cancels_what_waits_and_tells_who_listen
     receiver.answers["/gone"] = answering(200)
     offered = manager.update(webhook_id, {"enabled": True})
     assert offered["replay"]["deliveries"] == 3
-    async with working(db):
+    async with working(db, QUICK):
         replay = replays.start(db, webhook_id, offered["replay"]["since"])
         await until(lambda: len(receiver.at("/gone")) == 4)
         again = await until(ended(db, 4))
@@ -207,7 +192,7 @@ async def test_strict_order_waits_for_the_one_before(db: Database, manager: Webh
     receiver.answers["/ordered"] = answering(500, 500, 200)
     webhook_id = manager.register(f"{receiver.url}/ordered", ["goal"], SECRET)
     manager.update(webhook_id, {"ordered": True})
-    async with working(db):
+    async with working(db, QUICK):
         for n in range(5):
             manager.send_event("goal", {"n": n})
         await until(ended(db, 5))
@@ -221,7 +206,7 @@ async def test_strict_order_keeps_to_the_retry_schedule(
     webhook_id = manager.register(f"{receiver.url}/ordered", ["goal"], SECRET)
     manager.update(webhook_id, {"ordered": True, "retry_schedule": [1.0, 60.0]})
     start = time.monotonic()
-    async with working(db):
+    async with working(db, QUICK):
         manager.send_event("goal", {})
         ((delivery),) = await until(ended(db))
     assert (delivery["status"], delivery["attempts"]) == ("succeeded", 2)
@@ -285,7 +270,7 @@ async def test_a_rate_limit_spaces_deliveries(db: Database, manager: WebhookMana
     webhook_id = manager.register(f"{receiver.url}/slow", ["goal"], SECRET)
     manager.update(webhook_id, {"rate_limit": 10.0})
     events.publish_all(db, [NewEvent("goal", {})] * 6)
-    async with working(db):
+    async with working(db, QUICK):
         got = await asyncio.to_thread(receiver.wait_for, 6)
     assert got[-1].at - got[0].at > 0.45  # five gaps of a tenth of a second
 
@@ -350,7 +335,7 @@ async def test_stopping_releases_what_is_in_flight_for_the_next_worker(
     await storage.stop()
     assert deliveries.page(db)[0]["waiting_for"] == "its turn"
     release.set()
-    async with working(db):
+    async with working(db, QUICK):
         (delivery,) = await until(ended(db))
     assert delivery["status"] == "succeeded"
 
@@ -399,7 +384,7 @@ async def test_a_worker_hears_what_another_process_publishes(
     other = open_database(place.url)
     manager = WebhookManager(db=other)
     manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
-    async with working(db):
+    async with working(db, QUICK):
         for number in range(1, 4):
             await asyncio.to_thread(manager.send_event, "goal", {})
             await asyncio.to_thread(receiver.wait_for, number)
@@ -419,7 +404,7 @@ async def test_a_deleted_webhook_takes_its_deliveries_with_it_even_in_flight(
     receiver.answers["/hangs"] = hang
     webhook_id = manager.register(f"{receiver.url}/hangs", ["goal"], SECRET)
     manager.register(f"{receiver.url}/other", ["goal"], SECRET)
-    async with working(db) as worker:
+    async with working(db, QUICK) as worker:
         manager.send_event("goal", {})
         await asyncio.to_thread(receiver.wait_for, 1, "/other")
         assert manager.unregister(webhook_id)
@@ -445,7 +430,7 @@ async def test_the_worker_outlives_whatever_goes_wrong_in_a_round(
         return claim(*arguments)
 
     monkeypatch.setattr(lanes, "claim", fails_once)
-    async with working(db):
+    async with working(db, QUICK):
         await until(ended(db))
     assert failed.is_set() and len(receiver.received) == 1
 
@@ -453,7 +438,7 @@ async def test_the_worker_outlives_whatever_goes_wrong_in_a_round(
 async def test_the_counters_outlive_the_process(db: Database, manager: WebhookManager, receiver: Receiver) -> None:
     webhook_id = manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
     for total in (1, 2):
-        async with working(db):
+        async with working(db, QUICK):
             manager.send_event("goal", {})
             await until(ended(db, total))
         assert manager.get(webhook_id)["total_calls"] == total

@@ -241,6 +241,7 @@ def test_an_ordinary_host_name_gets_no_opinion_before_it_is_looked_up(url: str) 
         ("Mon, 32 Nov 2026 14:30:00 GMT", None),
         ("Mon, 23 Nov 2026 99:30:00 GMT", None),
         ("2026-11-23T14:30:00Z", None),
+        ("Mon, 23 Nov 99999999999999999999 14:30:00 GMT", None),  # its answer lost its status: a 410 was none
     ],
 )
 def test_retry_after_is_seconds_or_a_date_and_all_else_is_nothing(text: str | None, expected: float | None) -> None:

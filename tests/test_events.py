@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peewee import Database
 
 import hookline
+import models
 from hookline import WebhookManager, clock, deliveries, events, history, waking
 from hookline.errors import Conflict, Invalid, TooLarge
 from hookline.events import NewEvent, Published
@@ -211,3 +212,9 @@ def test_matching_seeks_and_never_scans(backend: str, db: Database, manager: Web
     }[backend]
     assert any(seek in step for step in steps), steps
     assert not read_whole(steps, "deliveries") + read_whole(steps, "subscriptions", "s")
+
+
+def test_publishing_without_a_database_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.db, "obj", None)
+    with pytest.raises(Invalid, match="no database is bound: make a WebhookManager first"):
+        hookline.publish("goal", {})

@@ -72,7 +72,7 @@ def test_a_beat_from_a_clock_that_was_put_right_since_counts_for_nothing(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = clock.now()
-    monkeypatch.setattr(clock, "now", lambda: now + timedelta(hours=10))
+    monkeypatch.setattr(clock, "now", lambda: now + heartbeat.ALIVE + timedelta(seconds=1))
     heartbeat.beat(db, "wrk_ahead", now)
     monkeypatch.setattr(clock, "now", lambda: now)
     assert heartbeat.problem(db) == heartbeat.NONE_BEATS

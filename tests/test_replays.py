@@ -448,6 +448,22 @@ async def test_a_step_waits_briefly_for_a_webhook_that_somebody_holds_and_goes_o
     assert pending(db) == 3
 
 
+@only_postgres
+async def test_replays_go_on_after_a_look_for_them_has_failed(db: Database, webhook_id: str) -> None:
+    """One that PostgreSQL calls the programmer's error ended the task, in silence: nothing was replayed any more."""
+    publish(db, 3)
+    end(db)
+    replay_id = replays.start(db, webhook_id, LONG_AGO)["replay_id"]
+    storage = storage_of(db)
+    await storage.start()
+    await storage.write(db.execute_sql, "ALTER TABLE replays RENAME TO away")
+    assert not await replays._round(storage)
+    await storage.write(db.execute_sql, "ALTER TABLE away RENAME TO replays")
+    assert await replays._round(storage)
+    await storage.stop()
+    assert (replays.get(db, replay_id)["state"], pending(db)) == ("finished", 3)
+
+
 async def until(condition: Callable[[], Any]) -> None:
     for _ in range(2000):
         if condition():

@@ -5,38 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from ipaddress import ip_network
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, policy, reports
-from hookline.delivery import Worker
-from hookline.egress import Client
 from hookline.lanes import Job, Outcomes, Settled
 from hookline.policy import Result, Rules
 from hookline.reports import Reports
-from hookline.storage import storage_of
 from tests.receiver import Answer, Received, Receiver
+from tests.working import working
 
 SECRET = "a-marked-secret-of-enough-characters"
 RULES = Rules(retry_schedule=(0.05, 0.05), lease=30, timeout=10, concurrency=4)
-
-
-@asynccontextmanager
-async def working(db: Database, rules: Rules = RULES) -> AsyncIterator[Worker]:
-    storage = storage_of(db)
-    worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=rules.timeout), rules)
-    await storage.start()
-    await worker.start()
-    try:
-        yield worker
-    finally:
-        await worker.stop()
-        await storage.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +58,7 @@ async def test_an_endpoint_that_fails_is_told_once_and_what_is_given_up_each_tim
     path = "/down?token=a-marked-token"
     receiver.answers[path] = answering(503)
     webhook_id = manager.register(f"{receiver.url}{path}", ["goal"], SECRET, headers={"X-Key": "a-marked-header"})
-    async with working(db):
+    async with working(db, RULES):
         for _ in range(2):
             manager.send_event("goal", {"body": "a-marked-body"})
         await until(lambda: not deliveries.page(db, status="pending"))
@@ -99,7 +82,7 @@ async def test_an_endpoint_that_works_again_is_told(
     monkeypatch.setattr(reports, "REST", 0.0)
     receiver.answers["/flaky"] = answering(500, 200)
     webhook_id = manager.register(f"{receiver.url}/flaky", ["goal"], SECRET)
-    async with working(db):
+    async with working(db, RULES):
         manager.send_event("goal", {})
         await until(lambda: lines(log, "works again"))
         manager.send_event("goal", {})
@@ -151,7 +134,7 @@ def result_of(webhook_id: str, code: int) -> Settled:
         rate_limit=None,
         ordered=False,
         event_type="goal",
-        body=b"",
+        body=b"x" * 1000,
         event_time="",
         leased_at=0.0,
     )
@@ -189,6 +172,7 @@ def test_that_an_endpoint_works_again_is_told_when_its_minute_is_over_though_not
     tell(told, result_of("a", 500), result_of("b", 500), result_of("b", 200), result_of("a", 200), result_of("b", 502))
     told.catch_up()
     assert len(lines(log, "fails")) == 2 and lines(log, "again") == []
+    assert [one.job.body for one in told._unsaid.values()] == [b""]  # bodies would be kept for a minute, of all
     now.now += reports.REST
     for _ in range(2):
         told.catch_up()
