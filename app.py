@@ -17,16 +17,17 @@ from starlette.middleware import Middleware
 
 import models
 import settings
-from hookline import events, schema, waking
-from hookline.database import open_database, require_reachable
-from hookline.delivery import Worker
+from hookline import events, lanes
 from hookline.egress import Client
 from hookline.errors import HooklineError, visible
-from hookline.failures import reason
 from hookline.logs import OneLine
 from hookline.policy import Rules
-from hookline.storage import Storage, storage_of
+from hookline.store import schema
+from hookline.store.failures import reason
+from hookline.store.storage import Storage, storage_of
+from hookline.store.units import open_database, require_reachable
 from hookline.webhooks import WebhookManager
+from hookline.worker.worker import Worker
 from web import api, operations
 from web.access import Access
 from web.protocol import Protocol, Server, listen
@@ -39,7 +40,7 @@ def create_app(config: settings.Settings) -> Starlette:
     db = database_of(config)
     storage = storage_of(db, config.database_pool)
     worker = worker_of(config, storage) if config.run_worker else None
-    waking.attach(db, waking.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
+    lanes.attach(db, lanes.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -29,11 +29,13 @@ from peewee import Database, PeeweeException
 
 import models
 import settings
-from hookline import clock, copying, events, imports, notices, receiving, retention, schema, signing, transfer, waking
-from hookline.database import open_database, require_reachable
+from hookline import clock, events, lanes, receiving, retention, signing
 from hookline.errors import HooklineError, Invalid, visible
-from hookline.failures import UNKNOWN, reason
-from hookline.storage import storage_of
+from hookline.store import notices, schema
+from hookline.store.failures import UNKNOWN, reason
+from hookline.store.storage import storage_of
+from hookline.store.units import open_database, require_reachable
+from hookline.transfer import databases, imports, json_file
 
 SHOWN_PROBLEMS = 1000
 
@@ -185,7 +187,7 @@ def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool, 
     schema.require_current(db)
     gc.disable()  # a short process that keeps all it reads: collecting it again and again is a third of the time
     with progress_bar() as progress:
-        report = transfer.import_file(
+        report = json_file.import_file(
             db,
             file,
             dry_run=dry_run,
@@ -213,7 +215,7 @@ def import_command(db: Database, file: Path, dry_run: bool, skip_invalid: bool, 
 def export_command(db: Database, file: Path) -> None:
     """Write all webhooks, secrets included, to FILE in the replaced service's form; FILE is replaced whole."""
     schema.require_current(db)
-    click.echo(f"exported: {transfer.export_file(db, file)} webhooks to {visible(file)}")
+    click.echo(f"exported: {json_file.export_file(db, file)} webhooks to {visible(file)}")
 
 
 @main.command("copy")
@@ -232,7 +234,7 @@ def copy_command(source_url: str, target_url: str, dry_run: bool, overwrite: boo
         raise Invalid(f"there is no file at --from: {Path(source_url.removeprefix('sqlite:///')).absolute()}")
     source = opened(source_url)
     target = None if is_missing(target_url) else opened(target_url)
-    rows, intent = copying.plan(source, target, overwrite)
+    rows, intent = databases.plan(source, target, overwrite)
     if dry_run:
         click.echo("\n".join(f"{name:15} {number:>12,} rows" for name, number in rows.items()))
         click.echo(f"would {intent}, and copy these")
@@ -240,7 +242,7 @@ def copy_command(source_url: str, target_url: str, dry_run: bool, overwrite: boo
     target = target or opened(target_url, create=True)
     click.echo(f"to do: {intent}, and copy {sum(rows.values()):,} rows")
     with progress_bar() as progress:
-        compared = copying.copy(source, target, overwrite=overwrite, progress=progress)
+        compared = databases.copy(source, target, overwrite=overwrite, progress=progress)
     for one in compared:
         click.echo(f"{one.table:15} {one.rows:>12,} rows  {one.checksum[:16]}  same")
     click.echo("the copy is whole: set DATABASE_URL to the target, and start")
@@ -285,7 +287,7 @@ def worker() -> None:
 def publish(db: Database, event_type: str, data: str, idempotency_key: str | None) -> None:
     """Publish an event: EVENT_TYPE and its DATA, a JSON object. A running service or worker delivers it."""
     schema.require_current(db)
-    waking.attach(db, waking.Outlet(settings.load().max_payload, wake=lambda wake: notices.send(db)))
+    lanes.attach(db, lanes.Outlet(settings.load().max_payload, wake=lambda wake: notices.send(db)))
     try:
         content = json.loads(data)
     except ValueError as exc:

@@ -27,13 +27,14 @@ import models
 from benchmarks import deliver, http, server
 from benchmarks.delivering import DATA
 from benchmarks.report import Figure
-from hookline import WebhookManager, clock, events, lanes, policy, retention, waking
-from hookline.database import is_postgres, open_database, unit
+from hookline import WebhookManager, clock, events, lanes, policy, retention
 from hookline.events import NewEvent
-from hookline.lanes import Settled
+from hookline.lanes import Outlet, Slots, Wake
 from hookline.policy import Result
-from hookline.storage import storage_of
-from hookline.waking import Outlet, Slots, Wake
+from hookline.store.storage import storage_of
+from hookline.store.units import is_postgres, open_database, unit
+from hookline.worker import claiming
+from hookline.worker.claiming import Settled
 from models import stored_time
 from tests import databases
 from tests.databases import Postgres, execute, named
@@ -288,7 +289,7 @@ def flat(claim: str, other: str, dbs: list[Database]) -> Figure:
 def cycle(db: Database) -> Callable[[], None]:
     """Publishes one event to 10 webhooks, loads its deliveries and settles them."""
     woken: list[Wake] = []
-    waking.attach(db, Outlet(slots=lambda: Slots(1000, 1000), wake=woken.append))
+    lanes.attach(db, Outlet(slots=lambda: Slots(1000, 1000), wake=woken.append))
     return lambda: once(db, woken)
 
 
@@ -296,13 +297,13 @@ def once(db: Database, woken: list[Wake]) -> None:
     events.publish_all(db, [NewEvent("goal", {**DATA, "home_team": "t"})])
     wake = woken.pop()
     with db.connection_context():
-        jobs = lanes.load(db, [(delivery_id, wake.until) for delivery_id, _ in wake.leased], wake.since)
+        jobs = claiming.load(db, [(delivery_id, wake.until) for delivery_id, _ in wake.leased], wake.since)
     assert len(jobs) == 10
     now = clock.now()
     result = Result(now, 5, 200, None, "ok")
     settlement = policy.settle(result, attempts=1, failures=0, schedule=(5,), now=now)
     with unit(db):
-        lanes.settle(db, [Settled(job, result, settlement) for job in jobs], stored_time(now))
+        claiming.settle(db, [Settled(job, result, settlement) for job in jobs], stored_time(now))
 
 
 WEBHOOKS = """

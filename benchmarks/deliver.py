@@ -27,13 +27,14 @@ import models
 from benchmarks import server
 from benchmarks.delivering import DATA
 from benchmarks.report import Figure
-from hookline import WebhookManager, events, lanes
-from hookline.database import open_database
-from hookline.delivery import Worker
+from hookline import WebhookManager, events
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.policy import Rules
-from hookline.storage import Storage, storage_of
+from hookline.store.storage import Storage, storage_of
+from hookline.store.units import open_database
+from hookline.worker import claiming
+from hookline.worker.worker import Worker
 from models import stored_time
 
 SECRET = "a-secret-of-enough-characters"
@@ -130,7 +131,7 @@ def claims() -> Iterator[Figure]:
 
 def claim(db: Database) -> None:
     with db.connection_context(), db.atomic() as transaction:
-        assert len(lanes.claim(db, Rules(), 100, {}, [])) == 100
+        assert len(claiming.claim(db, Rules(), 100, {}, [])) == 100
         transaction.rollback()
 
 

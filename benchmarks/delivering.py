@@ -20,12 +20,12 @@ from peewee import Database
 import models
 from app import quiet_gc
 from hookline import WebhookManager, events
-from hookline.database import open_database
-from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.policy import Rules
-from hookline.storage import Storage, storage_of
+from hookline.store.storage import Storage, storage_of
+from hookline.store.units import open_database
+from hookline.worker.worker import Worker
 
 ROUNDS = 11
 BARE = 1500  # posts in a round

@@ -11,9 +11,11 @@ from typing import Any
 
 from peewee import JOIN, Database
 
-from hookline import clock, resting, sql, waking
-from hookline.database import connected, transaction
+from hookline import clock, lanes
 from hookline.errors import Conflict, NotFound
+from hookline.store import sql
+from hookline.store.units import connected, transaction
+from hookline.worker import lane_rests
 from models import IN_ORDER, Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
 
 COLUMNS = [
@@ -94,7 +96,7 @@ def retry(db: Database, delivery_id: int) -> Row:
         again = {"attempts_before": Delivery.attempts} if row["status"] in FINAL else {}
         due = read_time(IN_ORDER) if row["ordered"] else now
         _move(db, row, status=Status.PENDING, leased=False, next_attempt_at=due, finished_at=None, reason=None, **again)
-        waking.queue(db, waking.OF_WEBHOOKS, sql.ids([row["webhook_id"]]), open_now=True)
+        lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([row["webhook_id"]]), open_now=True)
         return get(db, delivery_id)
 
 
@@ -121,7 +123,7 @@ def cancel(db: Database, delivery_id: int) -> Row:
             reason=reason,
         )
         if is_waited_for:
-            resting.open_now(db, row["webhook_id"])
+            lane_rests.open_now(db, row["webhook_id"])
         return get(db, delivery_id)
 
 

@@ -21,11 +21,12 @@ from peewee import Database
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, sql, waking
-from hookline.database import adopt, in_unit, transaction
+from hookline import clock, lanes
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
+from hookline.lanes import Outlet, Slots, Wake
 from hookline.registration import text_problem
-from hookline.waking import Outlet, Slots, Wake
+from hookline.store import sql
+from hookline.store.units import adopt, in_unit, transaction
 from models import IN_ORDER, read_time, stored_time
 
 log = logging.getLogger("hookline")
@@ -113,7 +114,7 @@ def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Ex
     Raises Unavailable: then nothing was stored.
     """
     now, since = clock.now(), time.monotonic()
-    outlet = waking.outlet_of(db)
+    outlet = lanes.outlet_of(db)
     answers: list[Published | Exception | None] = []
     drafts: dict[int, Draft] = {}
     for place, new in enumerate(events):
@@ -264,7 +265,7 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
         _queue_published(db, so_far, [draft.event_id for draft in drafts])
     if leased:
         so_far.leased.update(webhook_id for _, webhook_id in leased)
-        waking.after_commit(db, so_far.leased.clear, lambda: outlet.wake(Wake(leased, lost, since)))
+        lanes.after_commit(db, so_far.leased.clear, lambda: outlet.wake(Wake(leased, lost, since)))
     return Counter(event_id for _, _, event_id, _ in rows)
 
 
@@ -332,14 +333,14 @@ def _queue_published(db: Database, so_far: Uncommitted, event_ids: Sequence[str]
     All events of a caller's own transaction at once, after its commit: one write more, however many they are.
     """
     if in_unit(db):
-        waking.queue(db, waking.OF_EVENTS, sql.ids(event_ids))
+        lanes.queue(db, lanes.OF_EVENTS, sql.ids(event_ids))
         return
 
     def open_lanes() -> None:
         unopened, so_far.unopened = so_far.unopened, []
         if unopened:
-            waking.open_lanes(db, waking.OF_EVENTS, sql.ids(unopened))
-            waking.outlet_of(db).wake(Wake())
+            lanes.open_lanes(db, lanes.OF_EVENTS, sql.ids(unopened))
+            lanes.outlet_of(db).wake(Wake())
 
     so_far.unopened += event_ids
-    waking.after_commit(db, open_lanes)
+    lanes.after_commit(db, open_lanes)

@@ -9,8 +9,8 @@ from typing import Any
 from peewee import Database, Tuple, fn
 
 from hookline import events
-from hookline.database import connected
 from hookline.errors import NotFound
+from hookline.store.units import connected
 from models import Delivery, Event, Status, Webhook, stored_time
 
 Row = dict[str, Any]

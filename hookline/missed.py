@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from peewee import Database
 
-from hookline import clock, events, sql
+from hookline import clock, events
 from hookline.errors import NotFound
+from hookline.store import sql
 from models import Status, Webhook, read_time, stored_time
 
 WINDOW = 500  # events looked at in one go

@@ -10,9 +10,10 @@ import time
 
 from peewee import Database
 
-from hookline import clock, sql
-from hookline.database import connected, transaction
-from hookline.storage import Storage
+from hookline import clock
+from hookline.store import sql
+from hookline.store.storage import Storage
+from hookline.store.units import connected, transaction
 from models import stored_time
 
 BATCH = 500  # deliveries deleted in one unit of work

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 from peewee import Database
 from uuid_utils import uuid7
 
-from hookline import clock, deliveries, sql, waking
-from hookline.database import connected, transaction
+from hookline import clock, deliveries, lanes
 from hookline.errors import Conflict, NotFound, Unavailable
 from hookline.missed import WANTED, Position, Window, look, webhook_of
-from hookline.storage import Storage
+from hookline.store import sql
+from hookline.store.storage import Storage
+from hookline.store.units import connected, transaction
 from models import IN_ORDER, Replay, read_time, stored_time
 
 log = logging.getLogger("hookline")
@@ -231,7 +232,7 @@ def _count(db: Database, step: Step, made: Sequence[int]) -> None:
     """Add what was made due to the count, and open the lane; one that rests is opened by the first step alone."""
     add = f"UPDATE replays SET deliveries = deliveries + {len(made)} WHERE replay_id = {db.param} RETURNING deliveries"
     (total,) = db.execute_sql(add, (step.replay_id,)).fetchone()
-    waking.queue(db, waking.OF_WEBHOOKS, sql.ids([step.webhook_id]), open_now=total == len(made))
+    lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([step.webhook_id]), open_now=total == len(made))
 
 
 def _end(db: Database, replay_id: str, reason: str) -> bool:

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 from peewee import Database
 
-from hookline import clock, sql
-from hookline.database import connected, transaction
+from hookline import clock
 from hookline.errors import Unavailable
-from hookline.storage import Storage
+from hookline.store import sql
+from hookline.store.storage import Storage
+from hookline.store.units import connected, transaction
 from models import read_time, stored_time
 
 log = logging.getLogger("hookline")

@@ -13,10 +13,11 @@ from typing import Any
 
 from peewee import Database
 
-from hookline import clock, sql
-from hookline.database import connected, is_postgres
+from hookline import clock
 from hookline.errors import Conflict
-from hookline.storage import Storage
+from hookline.store import sql
+from hookline.store.storage import Storage
+from hookline.store.units import connected, is_postgres
 from models import read_time, stored_time
 
 MAX_KEPT = 10  # secrets that sign beside the current one

@@ -19,16 +19,18 @@ from peewee import Database, Tuple, fn
 from uuid_utils import uuid7
 
 import models
-from hookline import clock, events, forks, missed, removal, reports, resting, rotation, schema, sql, waking
-from hookline.database import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
-from hookline.delivery import Worker
+from hookline import clock, events, lanes, missed, removal, rotation
 from hookline.egress import Client
 from hookline.errors import Conflict, NotFound
 from hookline.events import NewEvent, Published
 from hookline.legacy import MASK, legacy
 from hookline.policy import Rules
 from hookline.registration import MIN_SECRET, Registration, check, check_changes, check_rotation
-from hookline.storage import storage_of
+from hookline.store import forks, schema, sql
+from hookline.store.storage import storage_of
+from hookline.store.units import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
+from hookline.worker import lane_rests, reports
+from hookline.worker.worker import Worker
 from models import Subscription, Webhook, read_time, stored_time
 
 log = logging.getLogger("hookline")
@@ -254,7 +256,7 @@ class WebhookManager:
             values["updated_at"] = clock.now()
             began = self._began_missing(webhook_id) if after["enabled"] and not before["enabled"] else None
             Webhook.update(values).where(Webhook.webhook_id == webhook_id).execute(self.db)
-            resting.reopen(self.db, webhook_id, before, changes)
+            lane_rests.reopen(self.db, webhook_id, before, changes)
             if "events" in changes or "team" in changes:
                 Subscription.delete().where(Subscription.webhook == webhook_id).execute(self.db)
                 rows = subscriptions(webhook_id, after["events"], after["team"])
@@ -263,10 +265,10 @@ class WebhookManager:
 
     def _switched(self, webhook_id: str, enabled: bool) -> dict[str, Any]:
         """What changes with `enabled`. What waits for a disabled webhook is cancelled, by the worker, in its lane."""
-        waking.queue(self.db, waking.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
+        lanes.queue(self.db, lanes.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
         if enabled:
             return {"disabled_at": None, "disabled_reason": None, "failing_since": None}
-        waking.after_commit(self.db, partial(reports.disabled, webhook_id, BY_REQUEST))
+        lanes.after_commit(self.db, partial(reports.disabled, webhook_id, BY_REQUEST))
         return {"disabled_at": clock.now(), "disabled_reason": BY_REQUEST}
 
     def _began_missing(self, webhook_id: str) -> datetime | None:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 FOREIGN_TO_THE_DOMAIN = {"starlette", "uvicorn", "click", "jinja2", "dotenv", "argparse", "pydantic"}
 PURE = {"policy", "signing", "clock", "errors"}
-MODULES = sorted(path for name in OURS for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")])
+MODULES = sorted(path for name in OURS for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")])
 
 
 def imports(path: Path) -> set[str]:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, lanes, removal, sql, waking
-from hookline.database import is_postgres, transaction
+from hookline import WebhookManager, clock, deliveries, lanes, removal
 from hookline.policy import Rules
-from hookline.storage import storage_of
+from hookline.store import sql
+from hookline.store.storage import storage_of
+from hookline.store.units import is_postgres, transaction
+from hookline.worker import claiming
 from models import IN_ORDER, stored_time
 from tests.conftest import SECRET, Server
 
@@ -66,11 +68,11 @@ def release(db: Database, webhook_id: str) -> None:
     made = f"SELECT min(delivery_id) FROM deliveries WHERE webhook_id = '{webhook_id}'"
     first = db.execute_sql(made).fetchone()[0]
     db.execute_sql(f"UPDATE deliveries SET leased = TRUE WHERE delivery_id = {first}")
-    lanes.release(db, [first])
+    claiming.release(db, [first])
 
 
 def disable(db: Database, webhook_id: str) -> None:
-    assert lanes.disable(db, [webhook_id], "gone", stored_time(clock.now())) == [webhook_id]
+    assert claiming.disable(db, [webhook_id], "gone", stored_time(clock.now())) == [webhook_id]
     db.execute_sql("UPDATE webhooks SET enabled = TRUE")
 
 
@@ -80,9 +82,9 @@ def retry(db: Database, webhook_id: str) -> None:
 
 
 def claim(db: Database, webhook_id: str) -> None:
-    jobs = lanes.claim(db, Rules(), 1, {}, [])
+    jobs = claiming.claim(db, Rules(), 1, {}, [])
     assert len(jobs) == 1
-    lanes.release(db, [jobs[0].delivery_id])
+    claiming.release(db, [jobs[0].delivery_id])
 
 
 def change_its_url(db: Database, webhook_id: str) -> None:
@@ -97,10 +99,10 @@ def test_what_waits_for_a_webhook_does_not_make_a_change_of_its_lane_longer(
     manager.update(webhook_id, {"ordered": ordered})
     due = IN_ORDER if ordered else stored_time(clock.now())
     wait(db, webhook_id, 1, FEW, due)
-    waking.queue(db, waking.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
+    lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
     before = work(db, lambda: change(db, webhook_id))
     wait(db, webhook_id, FEW + 1, MANY, due)
-    waking.queue(db, waking.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
+    lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
     assert work(db, lambda: change(db, webhook_id)) < before + (ALLOWED if is_postgres(db) else 50)
 
 

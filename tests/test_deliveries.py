@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, history, lanes, policy, sql, waking
+from hookline import WebhookManager, clock, deliveries, history, lanes, policy
 from hookline.errors import Conflict, NotFound
 from hookline.events import Published
-from hookline.lanes import Settled
+from hookline.lanes import Outlet, Slots
 from hookline.policy import Result, Rules
-from hookline.waking import Outlet, Slots
+from hookline.store import sql
+from hookline.worker import claiming
+from hookline.worker.claiming import Settled
 from models import stored_time
 from tests.conftest import SECRET
 
@@ -30,7 +32,7 @@ def attempt(db: Database, status_code: int = 500, rules: Rules | None = None) ->
     """Claim what is due and settle it as if the endpoint had answered so; returns the ids."""
     chosen = rules or Rules()
     with db.connection_context(), db.atomic():
-        jobs = lanes.claim(db, chosen, 100, {}, [])
+        jobs = claiming.claim(db, chosen, 100, {}, [])
         settled = []
         for job in jobs:
             result = Result(
@@ -44,7 +46,7 @@ def attempt(db: Database, status_code: int = 500, rules: Rules | None = None) ->
                 now=clock.now(),
             )
             settled.append(Settled(job, result, settlement))
-        lanes.settle(db, settled, stored_time(clock.now() - timedelta(days=5)))
+        claiming.settle(db, settled, stored_time(clock.now() - timedelta(days=5)))
     return [job.delivery_id for job in jobs]
 
 
@@ -68,7 +70,7 @@ def test_a_delivery_waits_for_its_turn_then_for_its_back_off(db: Database, publi
 
 
 def test_a_delivery_under_way_waits_for_nothing(db: Database, manager: WebhookManager, webhook_id: str) -> None:
-    waking.attach(db, Outlet(slots=lambda: Slots(1, 1)))
+    lanes.attach(db, Outlet(slots=lambda: Slots(1, 1)))
     manager.send_event("goal", {})
     assert the_one(db)["waiting_for"] == "nothing: it is being made right now"
     with pytest.raises(Conflict, match="right now"), db.connection_context():
@@ -136,23 +138,23 @@ def test_a_cancelled_delivery_is_not_made_and_says_why(db: Database, published: 
 
 def test_a_cancelled_delivery_that_arrives_all_the_same_has_succeeded(db: Database, published: Published) -> None:
     with db.connection_context(), db.atomic():
-        (job,) = lanes.claim(db, Rules(), 10, {}, [])
+        (job,) = claiming.claim(db, Rules(), 10, {}, [])
     deliveries.cancel(db, job.delivery_id)
     result = Result(clock.now(), 7, 200, None, "ok")
     settlement = policy.settle(result, attempts=1, failures=0, schedule=(), now=clock.now())
     with db.connection_context(), db.atomic():
-        lanes.settle(db, [Settled(job, result, settlement)], stored_time(clock.now()))
+        claiming.settle(db, [Settled(job, result, settlement)], stored_time(clock.now()))
     assert the_one(db)["status"] == "succeeded"
 
 
 def test_a_result_that_comes_twice_is_recorded_once(db: Database, published: Published) -> None:
     with db.connection_context(), db.atomic():
-        (job,) = lanes.claim(db, Rules(), 10, {}, [])
+        (job,) = claiming.claim(db, Rules(), 10, {}, [])
     result = Result(clock.now(), 7, 500, "answered 500", None)
     settled = Settled(job, result, policy.settle(result, attempts=1, failures=0, schedule=(5,), now=clock.now()))
     for _ in range(2):
         with db.connection_context(), db.atomic():
-            lanes.settle(db, [settled], stored_time(clock.now() - timedelta(days=5)))
+            claiming.settle(db, [settled], stored_time(clock.now() - timedelta(days=5)))
     assert the_one(db)["attempts"] == 1
     assert len(deliveries.get(db, job.delivery_id)["attempt_log"]) == 1
 

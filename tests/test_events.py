@@ -13,10 +13,10 @@ from peewee import Database
 
 import hookline
 import models
-from hookline import WebhookManager, clock, deliveries, events, history, waking
+from hookline import WebhookManager, clock, deliveries, events, history, lanes
 from hookline.errors import Conflict, Invalid, TooLarge
 from hookline.events import NewEvent, Published
-from hookline.waking import Outlet, Slots
+from hookline.lanes import Outlet, Slots
 from tests.conftest import SECRET, recorded
 from tests.databases import plan, read_whole
 
@@ -30,7 +30,7 @@ def payload(db: Database, event_id: str) -> str:
         return str(db.execute_sql(f"SELECT payload FROM events WHERE event_id = {db.param}", (event_id,)).fetchone()[0])
 
 
-def lanes(db: Database) -> list[str]:
+def lane_ids(db: Database) -> list[str]:
     with db.connection_context():
         return [row[0] for row in db.execute_sql("SELECT webhook_id FROM lanes").fetchall()]
 
@@ -81,9 +81,9 @@ def test_the_body_is_byte_for_byte_what_the_replaced_service_sent(
 
 def test_publishing_in_the_callers_transaction_is_both_or_neither(manager: WebhookManager, db: Database) -> None:
     manager.register("http://example.com/", ["order.paid"], SECRET)
-    woken: list[list[waking.Leased]] = []
+    woken: list[list[lanes.Leased]] = []
     outlet = Outlet(slots=lambda: Slots(10, 10), wake=lambda wake: woken.append(list(wake.leased)))
-    waking.attach(db, outlet)
+    lanes.attach(db, outlet)
     with db.connection_context():
         db.execute_sql("CREATE TABLE orders (id integer)")
         with pytest.raises(ZeroDivisionError), db.atomic():
@@ -142,7 +142,7 @@ def test_what_cannot_be_an_event_is_refused(manager: WebhookManager, event_type:
 
 
 def test_a_payload_over_the_limit_is_refused(db: Database, manager: WebhookManager) -> None:
-    waking.attach(db, Outlet(max_payload=1000))
+    lanes.attach(db, Outlet(max_payload=1000))
     frame = len('{"x":"","event_type":"a","timestamp":"2026-11-23T14:30:01.221962"}')
     with pytest.raises(TooLarge, match="MAX_PAYLOAD"):
         manager.send_event("a", {"x": "y" * 1000})
@@ -155,12 +155,12 @@ async def test_send_event_may_be_awaited_as_the_replaced_one_was(manager: Webhoo
 
 
 def test_deliveries_are_born_leased_as_far_as_there_are_slots(db: Database, manager: WebhookManager) -> None:
-    woken: list[waking.Leased] = []
-    waking.attach(db, Outlet(slots=lambda: Slots(free=3, share=2), wake=lambda wake: woken.extend(wake.leased)))
+    woken: list[lanes.Leased] = []
+    lanes.attach(db, Outlet(slots=lambda: Slots(free=3, share=2), wake=lambda wake: woken.extend(wake.leased)))
     ids = [manager.register(f"http://example.com/{n}", ["goal"], SECRET) for n in range(2)]
     events.publish_all(db, [NewEvent("goal", {})] * 3)
     assert len(woken) == 3
-    assert sorted(lanes(db)) == sorted(ids)
+    assert sorted(lane_ids(db)) == sorted(ids)
     events.publish_all(db, [NewEvent("goal", {})])  # their lanes are due: nothing overtakes what waits
     assert len(woken) == 3
 
@@ -169,13 +169,13 @@ def test_deliveries_are_born_leased_as_far_as_there_are_slots(db: Database, mana
 def test_order_and_rate_limits_go_through_the_lane(
     db: Database, manager: WebhookManager, change: dict[str, Any]
 ) -> None:
-    woken: list[waking.Leased] = []
-    waking.attach(db, Outlet(slots=lambda: Slots(10, 10), wake=lambda wake: woken.extend(wake.leased)))
+    woken: list[lanes.Leased] = []
+    lanes.attach(db, Outlet(slots=lambda: Slots(10, 10), wake=lambda wake: woken.extend(wake.leased)))
     webhook_id = manager.register("http://example.com/", ["goal"], SECRET)
     manager.update(webhook_id, change)
     manager.send_event("goal", {})
     assert woken == []
-    assert lanes(db) == [webhook_id]
+    assert lane_ids(db) == [webhook_id]
 
 
 json_values = st.recursive(

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, lanes, policy, resting, transfer, waking
+from hookline import WebhookManager, clock, deliveries, events, lanes, policy
 from hookline.events import NewEvent
-from hookline.lanes import Job, Settled
+from hookline.lanes import Outlet, Slots
 from hookline.policy import Result, Rules
-from hookline.storage import write_now
-from hookline.waking import Outlet, Slots
+from hookline.store.storage import write_now
+from hookline.transfer import json_file
+from hookline.worker import claiming, lane_rests
+from hookline.worker.claiming import Job, Settled
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET, only_sqlite
 from tests.databases import plan, read_whole
@@ -48,7 +50,7 @@ def publish(db: Database, count: int = 1) -> None:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, lanes.claim, db, Rules(), 100, {}, [])
+    return write_now(db, claiming.claim, db, Rules(), 100, {}, [])
 
 
 def settled(job: Job, status_code: int, retry_after: float | None = None, wait: float = DAY) -> Settled:
@@ -58,7 +60,7 @@ def settled(job: Job, status_code: int, retry_after: float | None = None, wait: 
 
 
 def settle(db: Database, *results: Settled) -> None:
-    write_now(db, lanes.settle, db, results, LONG_AGO)
+    write_now(db, claiming.settle, db, results, LONG_AGO)
 
 
 def opens(db: Database, webhook_id: str) -> float:
@@ -98,7 +100,7 @@ def test_a_higher_rate_limit_opens_a_lane_that_rests_by_the_old_one(
     assert opens(db, webhook_id) == pytest.approx(rest)
     if new is None:
         assert len(sent(db)) == 1
-        waking.attach(db, Outlet(slots=lambda: Slots(9, 9)))
+        lanes.attach(db, Outlet(slots=lambda: Slots(9, 9)))
         publish(db)
         assert deliveries.page(db)[0]["waiting_for"] == "nothing: it is being made right now"
 
@@ -143,7 +145,7 @@ def test_another_rate_limit_does_not_undo_what_the_endpoint_asked_for(
 def test_another_url_is_tried_at_once_by_what_waited_for_the_old_one(
     db: Database, manager: WebhookManager, webhook_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resting, "BROUGHT_FORWARD", 3)
+    monkeypatch.setattr(lane_rests, "BROUGHT_FORWARD", 3)
     publish(db, 5)
     settle(db, *(settled(job, 503, retry_after=DAY) for job in claim(db)))
     assert opens(db, webhook_id) == pytest.approx(DAY)
@@ -303,7 +305,7 @@ def test_a_change_in_the_callers_own_transaction_opens_the_lane_after_its_commit
     publish(db, 3)
     settle(db, *(settled(job, 503, retry_after=DAY) for job in claim(db)))
     woken: list[Any] = []
-    waking.attach(db, Outlet(wake=woken.append))
+    lanes.attach(db, Outlet(wake=woken.append))
     with db.connection_context():
         with db.atomic() as transaction:
             manager.update(webhook_id, {"url": "http://example.com/a"})
@@ -352,11 +354,11 @@ def test_opening_the_lane_of_a_webhook_costs_the_same_however_much_waits(
             counted = [0]
             db.connection().set_progress_handler(partial(count_one, counted), 10)
             if step == "release":
-                write_now(db, lanes.release, db, [7])
+                write_now(db, claiming.release, db, [7])
             elif step == "disable":
-                write_now(db, lanes.disable, db, [webhook_id], "gone", LONG_AGO)
+                write_now(db, claiming.disable, db, [webhook_id], "gone", LONG_AGO)
             elif step == "import":
-                transfer.import_file(db, file, overwrite=True)
+                json_file.import_file(db, file, overwrite=True)
             else:
                 manager.update(webhook_id, {"enabled": True})
             db.connection().set_progress_handler(None, 10)
@@ -391,7 +393,7 @@ def test_a_new_endpoint_is_not_disabled_for_how_long_the_one_before_it_failed(
     after(DAY)
     manager.update(webhook_id, {"url": "https://other.example/"})
     failure = settled(second._replace(url="https://other.example/"), 500)
-    write_now(db, lanes.settle, db, [failure], stored_time(NOW))
+    write_now(db, claiming.settle, db, [failure], stored_time(NOW))
     assert manager.get(webhook_id)["enabled"]
 
 

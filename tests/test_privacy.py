@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hookline import WebhookManager
-from hookline.database import is_postgres, open_database
 from hookline.errors import Invalid
+from hookline.store.units import is_postgres, open_database
 from tests.conftest import ROOT, SECRET, Server, environment, manage, only_postgres, only_sqlite
 from tests.databases import Place
 from tests.receiver import Receiver

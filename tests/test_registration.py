@@ -18,10 +18,10 @@ from starlette.testclient import TestClient
 
 from app import create_app
 from hookline import WebhookManager, history, missed
-from hookline.database import open_database
 from hookline.errors import Invalid, Unavailable
 from hookline.registration import MAX_URL, generate_secret
-from hookline.transfer import export_file, import_file
+from hookline.store.units import open_database
+from hookline.transfer.json_file import export_file, import_file
 from settings import Settings
 from tests import databases
 from tests.conftest import SECRET, Server, registration

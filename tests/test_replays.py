@@ -12,12 +12,14 @@ import pytest
 from peewee import Database
 from uuid_utils import uuid7
 
-from hookline import WebhookManager, clock, database, deliveries, events, lanes, missed, replays, sql, waking
-from hookline.database import open_database
+from hookline import WebhookManager, clock, deliveries, events, lanes, missed, replays
 from hookline.errors import Conflict, NotFound
 from hookline.events import NewEvent
 from hookline.policy import Rules
-from hookline.storage import storage_of, write_now
+from hookline.store import sql, units
+from hookline.store.storage import storage_of, write_now
+from hookline.store.units import open_database
+from hookline.worker import claiming
 from models import Delivery, Status, stored_time
 from tests.conftest import SECRET, Server, only_postgres
 from tests.databases import Place, plan, read_whole
@@ -288,7 +290,7 @@ def test_a_replay_opens_a_lane_that_rests_once(db: Database, webhook_id: str, sm
 
     def claimable() -> int:
         with db.connection_context(), db.atomic():
-            return len(lanes.claim(db, Rules(), 10, {}, []))
+            return len(claiming.claim(db, Rules(), 10, {}, []))
 
     publish(db, 25)
     end(db)
@@ -309,7 +311,7 @@ def test_a_replay_keeps_strict_order(db: Database, manager: WebhookManager) -> N
     assert carry_out(db) == 25
     assert [one["event_id"] for one in reversed(deliveries.page(db))] == ids
     with db.connection_context(), db.atomic():
-        (job,) = lanes.claim(db, Rules(), 10, {}, [])
+        (job,) = claiming.claim(db, Rules(), 10, {}, [])
     assert job.event_id == ids[0]
 
 
@@ -377,7 +379,7 @@ def test_nothing_that_grows_with_what_was_missed_runs_in_the_writers_transaction
     inside: list[tuple[str, Any]] = []
 
     def note(event: Any) -> None:
-        if database.in_unit(db):
+        if units.in_unit(db):
             inside.append((event.sql, event.params))
 
     db.query_hooks.append(note)
@@ -386,7 +388,7 @@ def test_nothing_that_grows_with_what_was_missed_runs_in_the_writers_transaction
     assert inside
     assert not [statement for statement, _ in inside if "FROM events" in statement or "count(" in statement.lower()]
     looked_at = [statement for statement, _ in inside if "FROM deliveries" in statement]
-    assert all("LIMIT" in statement or waking.MADE_IN_ORDER in statement for statement in looked_at)
+    assert all("LIMIT" in statement or lanes.MADE_IN_ORDER in statement for statement in looked_at)
 
 
 def test_counting_ends_after_so_many_events_of_others(

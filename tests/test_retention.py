@@ -13,10 +13,10 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, events, history, replays, retention
-from hookline.database import open_database
 from hookline.errors import NotFound
 from hookline.events import NewEvent
-from hookline.storage import storage_of
+from hookline.store.storage import storage_of
+from hookline.store.units import open_database
 from models import Attempt, Delivery, Event
 from tests.conftest import SECRET, manage, only_postgres
 from tests.databases import Place, plan, read_whole, wait_for_a_waiter

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, lanes, rotation, signing
-from hookline.delivery import Worker
+from hookline import WebhookManager, clock, rotation, signing
 from hookline.egress import Client
 from hookline.errors import Conflict
 from hookline.policy import Rules
-from hookline.storage import storage_of, write_now
+from hookline.store.storage import storage_of, write_now
+from hookline.worker import claiming
+from hookline.worker.worker import Worker
 from models import Webhook
 from tests.databases import plan, read_whole
 
@@ -43,7 +44,7 @@ def webhook_id(manager: WebhookManager, after: Any) -> str:
 def sent(db: Database, manager: WebhookManager) -> tuple[dict[str, str], bytes]:
     """The headers and the body of a delivery made now, as a worker signs it."""
     manager.send_event("goal", {})
-    job = write_now(db, lanes.claim, db, Rules(), 2, {}, [])[-1]
+    job = write_now(db, claiming.claim, db, Rules(), 2, {}, [])[-1]
     worker = Worker(storage_of(db), Client(), Rules())
     return worker._headers(job), job.body
 

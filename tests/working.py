@@ -8,10 +8,10 @@ from ipaddress import ip_network
 
 from peewee import Database
 
-from hookline.delivery import Worker
 from hookline.egress import Client
 from hookline.policy import Rules
-from hookline.storage import storage_of
+from hookline.store.storage import storage_of
+from hookline.worker.worker import Worker
 
 LOOPBACK = [ip_network("127.0.0.0/8")]
 

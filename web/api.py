@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 from hookline import deliveries, egress, events, history, missed, removal, replays
 from hookline.errors import NotFound, Unavailable
 from hookline.registration import Registration, generate_secret, host_of
-from hookline.storage import Storage
+from hookline.store.storage import Storage
 from hookline.webhooks import WebhookManager
 from web import schemas
 from web.schemas import Json

@@ -13,8 +13,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hookline import deliveries, delivery, heartbeat, schema
+from hookline import deliveries
 from hookline.errors import Conflict, HooklineError, Invalid, NotFound, TooLarge, Unavailable
+from hookline.store import schema
+from hookline.worker import heartbeat
 from web.protocol import ANSWER_HEADERS
 from web.schemas import Refused
 
@@ -40,7 +42,7 @@ async def ready(request: Request) -> Response:
         return JSONResponse({"detail": f"the database does not answer within {ANSWER_WITHIN} s"}, 503)
     except (Conflict, Unavailable) as exc:
         return JSONResponse({"detail": str(exc)}, 503)
-    if (problem := delivery.problem(worker) or elsewhere) is not None:
+    if (problem := worker.problem(worker) or elsewhere) is not None:
         return JSONResponse({"detail": problem}, 503)
     return JSONResponse({"status": "ready", "oldest_due_seconds": round(oldest, 3)})
 

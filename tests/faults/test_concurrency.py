@@ -11,15 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 
 from hookline import WebhookManager
-from hookline.database import open_database
+from hookline.store.units import open_database
 from tests.conftest import ROOT, SECRET, Server
 from tests.databases import Place
 
 REGISTER_50 = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from hookline import WebhookManager, schema
-from hookline.database import open_database
+from hookline import WebhookManager
+from hookline.store import schema
+from hookline.store.units import open_database
 db = open_database(sys.argv[1], create=True)
 schema.up(db)
 manager = WebhookManager(db=db)

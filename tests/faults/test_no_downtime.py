@@ -20,8 +20,8 @@ def up(migrator, db):
 MIGRATE = """
 import sys
 from pathlib import Path
-from hookline import schema
-from hookline.database import open_database
+from hookline.store import schema
+from hookline.store.units import open_database
 print(schema.up(open_database(sys.argv[1], long_work=True), directory=Path(sys.argv[2])))
 """
 IMPORTED = 100_000

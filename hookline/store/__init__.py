@@ -1,0 +1,1 @@
+"""The database: opening it, units of work, locks, and who runs what where. Knows nothing of webhooks."""

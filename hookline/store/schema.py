@@ -1,0 +1,116 @@
+"""The schema's history: a thin wrapper of Peewee's own migration runner (`playhouse.migrations`).
+
+It opens the connection, lets one process migrate at a time, makes a run over several migrations one transaction, and
+checks the foreign keys at its end, all of which the runner leaves to its caller.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from peewee import Database
+from playhouse.migrations import Runner
+from playhouse.schema_diff import diff_models
+
+import models
+from hookline.errors import Conflict, HooklineError, Invalid, Unavailable
+from hookline.store.failures import LOCKED, error_name, reason
+from hookline.store.units import alone, connected, is_postgres
+
+ADVISORY_LOCK = 0x686F6F6B6C696E65  # "hookline"; one lock of a PostgreSQL database, for migrations
+UNFINISHED_COPY = "hookline_copy"  # a table that is there while one goes on
+DIRECTORY = Path(__file__).resolve().parents[2] / "migrations"
+
+
+def status(db: Database, directory: Path = DIRECTORY) -> list[tuple[str, datetime | None]]:
+    """Every migration in order, with the time it was applied (None: pending)."""
+    with connected(db):
+        return [(migration.name, migration.applied) for migration in Runner(db, str(directory)).status()]
+
+
+def pending(db: Database, directory: Path = DIRECTORY) -> list[str]:
+    """The names of the migrations that are not applied yet. Raises Unavailable."""
+    return [name for name, applied in status(db, directory) if applied is None]
+
+
+def require_current(db: Database, directory: Path = DIRECTORY) -> None:
+    """Raises Conflict, naming the command to run, while migrations are pending or a copy into it is not finished."""
+    with connected(db):
+        if db.table_exists(UNFINISHED_COPY):
+            raise Conflict("a copy into this database was not finished: run  python manage.py copy  again")
+    if names := pending(db, directory):
+        raise Conflict(f"the database needs migrating ({', '.join(names)}): run  python manage.py migrate up")
+
+
+def require_usable(db: Database) -> None:
+    """Raises Conflict as `require_current` does, and Unavailable if the database takes no writes, as a replica."""
+    with connected(db):
+        if is_postgres(db) and db.execute_sql("SHOW transaction_read_only").fetchone()[0] == "on":
+            raise Unavailable("the database is read-only")
+        require_current(db)
+
+
+def up(db: Database, target: str | None = None, directory: Path = DIRECTORY) -> list[str]:
+    """Apply what is pending, through `target` if given, all or nothing; returns the names applied.
+
+    Raises Invalid if one fails.
+    """
+    return _run(db, directory, target, "up")
+
+
+def down(db: Database, target: str | None = None, directory: Path = DIRECTORY) -> list[str]:
+    """Revert the newest migration, or all back through `target`, all or nothing; returns the names reverted.
+
+    Raises Invalid if one fails.
+    """
+    return _run(db, directory, target, "down")
+
+
+def create(db: Database, name: str, directory: Path = DIRECTORY) -> Path:
+    """A new, numbered, empty migration script; returns its path."""
+    return Path(Runner(db, str(directory)).create(name))
+
+
+def diff(db: Database) -> str:
+    """What the database lacks or has too much against the models; '' when they agree."""
+    with connected(db):
+        found = diff_models(db, models.TABLES)
+    return str(found) if found else ""
+
+
+def _run(db: Database, directory: Path, target: str | None, direction: Literal["up", "down"]) -> list[str]:
+    runner = Runner(db, str(directory))
+    if target is not None and not (directory / f"{target}.py").exists():
+        raise Invalid(f"there is no migration {target}: see  python manage.py migrate status")
+    with connected(db), alone(db, ADVISORY_LOCK):
+        if not any(bool(migration.applied) == (direction == "down") for migration in runner.status()):
+            return []  # without a transaction, which might wait for another's
+        try:
+            # The runner's own contexts become savepoints in this one; on SQLite foreign keys are off all the while.
+            with runner.migrator.migration_context():
+                broken = _broken_references(db)
+                names: list[str] = runner.up(target) if direction == "up" else runner.down(target)
+                _refuse_more(_broken_references(db) - broken)
+        except HooklineError:
+            raise
+        except Exception as exc:  # a script may raise anything
+            held = ": something else uses these tables, try again" if error_name(exc) == LOCKED else ""
+            raise Invalid(f"migration failed, and everything was rolled back: {reason(exc)}{held}") from exc
+    return names
+
+
+def _broken_references(db: Database) -> Counter[str]:
+    """How many rows of each table point at rows that are gone."""
+    if is_postgres(db):  # it never lets them break
+        return Counter()
+    return Counter(table for table, *_ in db.execute_sql("PRAGMA foreign_key_check").fetchall())
+
+
+def _refuse_more(broken: Counter[str]) -> None:
+    if broken:
+        first = min(broken)
+        why = f"{broken.total()} rows would point at rows that are gone, the first in the table {first}"
+        raise Invalid(f"migration failed, and everything was rolled back: {why}")

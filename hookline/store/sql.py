@@ -1,0 +1,131 @@
+"""Hot statements as text, and the few places where the databases differ in it.
+
+Building a statement with the ORM costs ten times what running it does; running one for each row costs a hand-over of
+the GIL each. So what is on a hot path is one statement for a whole set, whose rows come as one JSON parameter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peewee import Database
+
+from hookline.store.units import connected, is_postgres
+
+BRIEFLY = 500  # ms: others hold what they lock for a few
+
+
+def rows(db: Database, *columns: str, alias: str = "given") -> str:
+    """A FROM item with these columns, whose rows are the array of arrays in one parameter (see `parameter`).
+
+    A column is its name, with its type behind a space unless that is text: `"place integer"`.
+    """
+    names = [column.partition(" ")[0] for column in columns]
+    if is_postgres(db):
+        kinds = [column.partition(" ")[2] or "text" for column in columns]
+        fields = [
+            f"(value ->> {place})::{kind} AS {name}"
+            for place, (name, kind) in enumerate(zip(names, kinds, strict=True))
+        ]
+        return f"(SELECT {', '.join(fields)} FROM json_array_elements({db.param}::json)) AS {alias}"
+    fields = [f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(names)]
+    return f"(SELECT {', '.join(fields)} FROM json_each({db.param})) AS {alias}"
+
+
+def each(db: Database, given: str, tables: str, columns: str, condition: str, *, alias: str) -> str:
+    """FROM and WHERE that join `given` with `tables`, by a seek for each given row.
+
+    The columns are `alias.*` outside. PostgreSQL takes the rows of a parameter for a hundred, and might read whole
+    tables rather than seek so often: LATERAL and OFFSET 0 make it plan for one row.
+    """
+    if is_postgres(db):
+        return f"FROM {given} CROSS JOIN LATERAL (SELECT {columns} FROM {tables} WHERE {condition} OFFSET 0) AS {alias}"
+    return f"FROM {given} CROSS JOIN {tables} WHERE {condition}"
+
+
+def parameter(values: Iterable[Sequence[Any]]) -> str:
+    """Rows of plain values as the parameter that `rows` reads."""
+    return json.dumps(list(values), ensure_ascii=False, separators=(",", ":"))
+
+
+def ids(values: Iterable[Any]) -> str:
+    """The parameter for `rows` with a single column."""
+    return parameter([value] for value in values)
+
+
+def moment(db: Database) -> str:
+    """A parameter that is a time."""
+    return f"{db.param}::timestamptz" if is_postgres(db) else db.param
+
+
+def seconds(db: Database, start: str, end: str) -> str:
+    """From one time to another."""
+    if is_postgres(db):
+        return f"extract(epoch FROM {end} - {start})"
+    return f"(julianday({end}) - julianday({start})) * 86400.0"
+
+
+def later(db: Database, first: str, second: str) -> str:
+    """The greater of two values; a null first one is none."""
+    return f"greatest({first}, {second})" if is_postgres(db) else f"max(coalesce({first}, {second}), {second})"
+
+
+def sooner(db: Database, first: str, second: str) -> str:
+    return f"least({first}, {second})" if is_postgres(db) else f"min({first}, {second})"
+
+
+def lock_webhooks(db: Database, values: Collection[str], *, free: bool = False) -> set[str]:
+    """Lock these webhooks before what hangs on them, and in one order, so that no two transactions wait for each other.
+
+    A webhook's row comes first, as in its deletion, then its deliveries, then its lane. If only the `free` ones are
+    wanted, those that others hold are left alone and returned. SQLite has one writer.
+    """
+    if not is_postgres(db):
+        return set()
+    select = f"SELECT webhook_id FROM webhooks WHERE webhook_id IN (SELECT id FROM {rows(db, 'id')})"
+    lock = f"{select} ORDER BY webhook_id FOR NO KEY UPDATE{' SKIP LOCKED' if free else ''}"
+    locked = {webhook_id for (webhook_id,) in db.execute_sql(lock, (ids(values),)).fetchall()}
+    if not free or len(locked) == len(values):
+        return set()
+    return {webhook_id for (webhook_id,) in db.execute_sql(select, (ids(set(values) - locked),)).fetchall()}
+
+
+def wait_briefly(db: Database) -> None:
+    """For the rest of this transaction: rather fail (LOCKED) than wait long for what somebody holds on to."""
+    if is_postgres(db):
+        db.execute_sql(f"SET LOCAL lock_timeout = {BRIEFLY}")
+
+
+def plan_anew(db: Database) -> None:
+    """For the rest of this transaction: plan each statement for the tables as they are now.
+
+    PostgreSQL keeps the plan of a statement that is repeated. One made while a table was nearly empty reads all of it,
+    for each row that it looks up, until somebody analyzes the table.
+    """
+    if is_postgres(db):
+        db.execute_sql("SET LOCAL plan_cache_mode = force_custom_plan")
+
+
+@contextmanager
+def looking(db: Database) -> Iterator[None]:
+    """Read, with plans made anew. On SQLite outside a transaction, which would be the writer's."""
+    with connected(db):
+        if not is_postgres(db):
+            yield
+            return
+        with db.atomic():
+            plan_anew(db)
+            yield
+
+
+def locked(db: Database, table: str) -> str:
+    """Lock the rows; wait for those that others hold. SQLite has one writer, so there are none."""
+    return f" FOR UPDATE OF {table}" if is_postgres(db) else ""
+
+
+def skip_locked(db: Database, table: str) -> str:
+    """Lock the rows; leave to others those that they hold."""
+    return f"{locked(db, table)} SKIP LOCKED" if is_postgres(db) else ""

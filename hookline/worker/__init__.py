@@ -1,0 +1,1 @@
+"""The worker: claims what is due, sends it, settles it, and finds what was left behind."""
