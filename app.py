@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -11,24 +9,18 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from peewee import Database, PeeweeException
+from peewee import PeeweeException
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-import models
 import settings
+from assembly import database_of, quiet_gc, start_logging, worker_of
 from hookline import events, lanes
-from hookline.egress import Client
 from hookline.errors import HooklineError, visible
-from hookline.logs import OneLine
-from hookline.policy import Rules
-from hookline.store import schema
 from hookline.store.failures import reason
-from hookline.store.storage import Storage, storage_of
-from hookline.store.units import open_database, require_reachable
+from hookline.store.open import storage_of
 from hookline.webhooks import WebhookManager
-from hookline.worker.worker import Worker
-from web import api, operations
+from web import api, errors, middleware, operations
 from web.access import Access
 from web.protocol import Protocol, Server, listen
 
@@ -55,11 +47,11 @@ def create_app(config: settings.Settings) -> Starlette:
     app = Starlette(
         routes=[*api.routes, *operations.routes],
         middleware=[
-            Middleware(operations.AnswerHeaders),
+            Middleware(middleware.AnswerHeaders),
             Middleware(Access, api_keys=config.api_keys, allow_anonymous=config.allow_anonymous),
-            Middleware(operations.BodyLimit, max_body=config.max_body),
+            Middleware(middleware.BodyLimit, max_body=config.max_body),
         ],
-        exception_handlers=operations.exception_handlers,
+        exception_handlers=errors.exception_handlers,
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # a redirect has no body, and loses that of a POST
@@ -69,29 +61,6 @@ def create_app(config: settings.Settings) -> Starlette:
     app.state.worker = worker
     app.state.allowed_networks = config.allowed_networks
     return app
-
-
-def database_of(config: settings.Settings) -> Database:
-    """What the service and the workers use: there and migrated, else Unavailable or Conflict is raised."""
-    db = open_database(config.database_url, pool_size=config.database_pool)
-    models.db.initialize(db)
-    require_reachable(db)
-    schema.require_current(db)
-    return db
-
-
-def worker_of(config: settings.Settings, storage: Storage) -> Worker:
-    rules = Rules(
-        retry_schedule=config.retry_schedule,
-        disable_after=config.disable_after,
-        lease=config.lease,
-        timeout=config.delivery_timeout,
-        concurrency=config.worker_concurrency,
-        retention=config.retention,
-    )
-    own = (config.host, config.port)
-    client = Client(allowed=config.allowed_networks, timeout=config.delivery_timeout, own=own)
-    return Worker(storage, client, rules, config.max_payload)
 
 
 def assembled() -> tuple[Starlette, settings.Settings]:
@@ -110,21 +79,6 @@ def __getattr__(name: str) -> Any:
     if name == "app":
         return assembled()[0]
     raise AttributeError(name)
-
-
-def quiet_gc() -> None:
-    """What is loaded now stays: collecting it again and again costs a tenth of the work under load."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 10, 50)
-
-
-def start_logging(level: str) -> None:
-    """Log to stderr: of ours what has this level, of others warnings. Peewee's debug lines hold secrets."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLine())
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("hookline").setLevel(level.upper())
 
 
 def main() -> None:

@@ -33,8 +33,7 @@ from hookline import clock, events, lanes, receiving, retention, signing
 from hookline.errors import HooklineError, Invalid, visible
 from hookline.store import notices, schema
 from hookline.store.failures import UNKNOWN, reason
-from hookline.store.storage import storage_of
-from hookline.store.units import open_database, require_reachable
+from hookline.store.open import open_database, require_reachable, storage_of
 from hookline.transfer import databases, imports, json_file
 
 SHOWN_PROBLEMS = 1000
@@ -256,7 +255,12 @@ def is_missing(url: str) -> bool:
 @with_errors
 def worker() -> None:
     """Deliver, until it is told to stop (SIGTERM, Ctrl-C). Any number of workers may share one database."""
-    from app import database_of, quiet_gc, start_logging, worker_of  # only here: the web server is not needed otherwise
+    from assembly import (  # only here: the web server is not needed otherwise
+        database_of,
+        quiet_gc,
+        start_logging,
+        worker_of,
+    )
 
     config = settings.load()
     db = database_of(config)

@@ -31,10 +31,11 @@ from hookline import WebhookManager, clock, events, lanes, policy, retention
 from hookline.events import NewEvent
 from hookline.lanes import Outlet, Slots, Wake
 from hookline.policy import Result
-from hookline.store.storage import storage_of
-from hookline.store.units import is_postgres, open_database, unit
-from hookline.worker import claiming
-from hookline.worker.claiming import Settled
+from hookline.store.open import open_database, storage_of
+from hookline.store.pool import is_postgres
+from hookline.store.units import unit
+from hookline.worker import claiming, settling
+from hookline.worker.jobs import Settled
 from models import stored_time
 from tests import databases
 from tests.databases import Postgres, execute, named
@@ -303,7 +304,7 @@ def once(db: Database, woken: list[Wake]) -> None:
     result = Result(now, 5, 200, None, "ok")
     settlement = policy.settle(result, attempts=1, failures=0, schedule=(5,), now=now)
     with unit(db):
-        claiming.settle(db, [Settled(job, result, settlement) for job in jobs], stored_time(now))
+        settling.settle(db, [Settled(job, result, settlement) for job in jobs], stored_time(now))
 
 
 WEBHOOKS = """

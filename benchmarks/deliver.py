@@ -31,8 +31,8 @@ from hookline import WebhookManager, events
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.policy import Rules
-from hookline.store.storage import Storage, storage_of
-from hookline.store.units import open_database
+from hookline.store.open import open_database, storage_of
+from hookline.store.storage import Storage
 from hookline.worker import claiming
 from hookline.worker.worker import Worker
 from models import stored_time

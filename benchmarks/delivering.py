@@ -18,13 +18,13 @@ import uvloop
 from peewee import Database
 
 import models
-from app import quiet_gc
+from assembly import quiet_gc
 from hookline import WebhookManager, events
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.policy import Rules
-from hookline.store.storage import Storage, storage_of
-from hookline.store.units import open_database
+from hookline.store.open import open_database, storage_of
+from hookline.store.storage import Storage
 from hookline.worker.worker import Worker
 
 ROUNDS = 11

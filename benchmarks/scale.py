@@ -47,7 +47,7 @@ def measure(size: int) -> tuple[float, float]:
 
 
 def cursor(size: int) -> str:
-    from web.schemas import cursor_after
+    from web.cursors import cursor_after
 
     return cursor_after(
         {"created_at": created_at(random.randrange(size)), "webhook_id": ""}, "created_at", "webhook_id"

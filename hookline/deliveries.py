@@ -15,7 +15,6 @@ from hookline import clock, lanes
 from hookline.errors import Conflict, NotFound
 from hookline.store import sql
 from hookline.store.units import connected, transaction
-from hookline.worker import lane_rests
 from models import IN_ORDER, Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
 
 COLUMNS = [
@@ -123,7 +122,7 @@ def cancel(db: Database, delivery_id: int) -> Row:
             reason=reason,
         )
         if is_waited_for:
-            lane_rests.open_now(db, row["webhook_id"])
+            lanes.open_now(db, row["webhook_id"])
         return get(db, delivery_id)
 
 

@@ -26,7 +26,8 @@ from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
 from hookline.lanes import Outlet, Slots, Wake
 from hookline.registration import text_problem
 from hookline.store import sql
-from hookline.store.units import adopt, in_unit, transaction
+from hookline.store.open import adopt
+from hookline.store.units import in_unit, transaction
 from models import IN_ORDER, read_time, stored_time
 
 log = logging.getLogger("hookline")

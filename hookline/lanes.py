@@ -8,16 +8,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from peewee import Database
 
-from hookline import clock
-from hookline.store import forks, notices, sql
+from hookline import clock, policy
+from hookline.store import forks, locks, notices, sql
 from hookline.store.failures import reason
 from hookline.store.units import in_unit, transaction
-from models import IN_ORDER, stored_time
+from models import IN_ORDER, read_time, stored_time
 
 log = logging.getLogger("hookline")
 
@@ -135,3 +136,60 @@ def after_commit(db: Database, *steps: Callable[[], None]) -> None:
             log.warning("deliveries wait for the sweep: %s", reason(exc))
 
     db.after_commit(follow)
+
+
+BROUGHT_FORWARD = 250  # deliveries that a change of their webhook makes due at once, so that no writer is held up
+
+
+def open_now(db: Database, webhook_id: str) -> None:
+    """Open the lane of this webhook, unless a delivery is being made in order: then its settlement does so."""
+    change_lanes(db, lambda: _open(db, webhook_id, lambda opens, failures, now: (now, failures)))
+
+
+def reopen(db: Database, webhook_id: str, before: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Let a webhook's lane no longer wait for what these changes remove, in their unit of work.
+
+    `before`: the webhook as the manager shows it. With another endpoint, or enabled again, it has not failed yet; what
+    waits for its next attempt, but for at most BROUGHT_FORWARD of them, goes on doing so.
+    """
+    after = {**before, **changes}
+    is_new = after["url"] != before["url"] or "headers" in changes or (after["enabled"] and not before["enabled"])
+
+    def step() -> None:
+        if is_new:
+            _bring_forward(db, webhook_id)
+        _open(db, webhook_id, afresh if is_new else anew)
+
+    def afresh(opens: datetime, failures: int, now: datetime) -> tuple[datetime, int]:
+        return now, 0
+
+    def anew(opens: datetime, failures: int, now: datetime) -> tuple[datetime, int]:
+        rest = policy.rest_after((opens - now).total_seconds(), failures, before, after)
+        return now + timedelta(seconds=rest), failures
+
+    if is_new or any(after[name] != before[name] for name in ("rate_limit", "ordered", "retry_schedule")):
+        change_lanes(db, step)
+
+
+def _bring_forward(db: Database, webhook_id: str) -> None:
+    statement = f"""
+        UPDATE deliveries SET next_attempt_at = {sql.moment(db)} WHERE delivery_id IN (
+            SELECT delivery_id FROM deliveries
+            WHERE webhook_id = {db.param} AND status = 'pending' AND next_attempt_at > {sql.moment(db)} AND NOT leased
+            ORDER BY next_attempt_at LIMIT {BROUGHT_FORWARD}{locks.skip_locked(db, "deliveries")})"""
+    now = stored_time(clock.now())
+    db.execute_sql(statement, (now, webhook_id, now))
+
+
+def _open(db: Database, webhook_id: str, wanted: Callable[[datetime, int, datetime], tuple[datetime, int]]) -> None:
+    """Open a lane at the time, and with the failures, that `wanted` makes of when it opens, its failures and now."""
+    now = clock.now()
+    look = f"SELECT open_at, failures FROM lanes WHERE webhook_id = {db.param}{locks.locked(db, 'lanes')}"
+    lane = db.execute_sql(look, (webhook_id,)).fetchone()
+    made = f"SELECT 1 FROM lanes WHERE webhook_id = {db.param} AND EXISTS {MADE_IN_ORDER}"
+    if lane is None or db.execute_sql(made, (webhook_id,)).fetchone():  # which looks again, once we hold the lane
+        return
+    opens, failures = wanted(max(read_time(lane[0]) or now, now), lane[1], now)
+    change = f"UPDATE lanes SET due_at = {sql.moment(db)}, open_at = {sql.moment(db)}, failures = {db.param}"
+    values = (stored_time(opens), None if opens <= now else stored_time(opens), failures, webhook_id)
+    db.execute_sql(f"{change} WHERE webhook_id = {db.param}", values)

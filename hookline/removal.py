@@ -11,7 +11,7 @@ import time
 from peewee import Database
 
 from hookline import clock
-from hookline.store import sql
+from hookline.store import locks, sql
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
 from models import stored_time
@@ -41,7 +41,7 @@ def step(db: Database, webhook_id: str) -> bool:
     """Delete the next of its deliveries, with their attempts; are there perhaps more? Raises Unavailable."""
     oldest = f"SELECT delivery_id FROM deliveries WHERE webhook_id = {db.param} ORDER BY delivery_id LIMIT {BATCH}"
     with transaction(db):
-        sql.lock_webhooks(db, [webhook_id])
+        locks.lock_webhooks(db, [webhook_id])
         cursor = db.execute_sql(f"DELETE FROM deliveries WHERE delivery_id IN ({oldest})", (webhook_id,))
         return int(cursor.rowcount) == BATCH
 

@@ -20,7 +20,7 @@ from uuid_utils import uuid7
 from hookline import clock, deliveries, lanes
 from hookline.errors import Conflict, NotFound, Unavailable
 from hookline.missed import WANTED, Position, Window, look, webhook_of
-from hookline.store import sql
+from hookline.store import locks, sql
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
 from models import IN_ORDER, Replay, read_time, stored_time
@@ -183,9 +183,9 @@ def record(db: Database, step: Step) -> bool:
     cancelled. Raises Unavailable.
     """
     with transaction(db):
-        sql.wait_briefly(db)
+        locks.wait_briefly(db)
         sql.plan_anew(db)
-        sql.lock_webhooks(db, [step.webhook_id])
+        locks.lock_webhooks(db, [step.webhook_id])
         select = f"SELECT enabled, ordered FROM webhooks WHERE webhook_id = {db.param}"
         webhook = db.execute_sql(select, (step.webhook_id,)).fetchone()
         if webhook is None:

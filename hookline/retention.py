@@ -19,7 +19,7 @@ from peewee import Database
 
 from hookline import clock
 from hookline.errors import Unavailable
-from hookline.store import sql
+from hookline.store import locks, sql
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
 from models import read_time, stored_time
@@ -133,7 +133,7 @@ def _delete_deliveries(db: Database, event_ids: Sequence[str], cutoff: datetime)
     statement = f"""
         WITH batch AS MATERIALIZED (
             SELECT delivery_id FROM deliveries WHERE event_id IN (SELECT id FROM {sql.rows(db, "id")}) AND {over}
-            LIMIT {BATCH}{sql.skip_locked(db, "deliveries")})
+            LIMIT {BATCH}{locks.skip_locked(db, "deliveries")})
         DELETE FROM deliveries WHERE delivery_id IN (SELECT delivery_id FROM batch) AND {over}
         RETURNING delivery_id"""  # sqlite3 has no row count for a WITH
     limit = stored_time(cutoff)
@@ -143,7 +143,7 @@ def _delete_deliveries(db: Database, event_ids: Sequence[str], cutoff: datetime)
 def _delete_events(db: Database, event_ids: Sequence[str]) -> int:
     """Delete those without deliveries. They are locked first: a replay that is making one waits, and then fails."""
     free = f"SELECT event_id FROM events WHERE event_id IN (SELECT id FROM {sql.rows(db, 'id')})"
-    locked = db.execute_sql(free + sql.skip_locked(db, "events"), (sql.ids(event_ids),)).fetchall()
+    locked = db.execute_sql(free + locks.skip_locked(db, "events"), (sql.ids(event_ids),)).fetchall()
     statement = f"""
         DELETE FROM events WHERE event_id IN (SELECT id FROM {sql.rows(db, "id")})
         AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.event_id = events.event_id)"""

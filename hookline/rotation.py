@@ -15,9 +15,10 @@ from peewee import Database
 
 from hookline import clock
 from hookline.errors import Conflict
-from hookline.store import sql
+from hookline.store import locks, sql
+from hookline.store.pool import is_postgres
 from hookline.store.storage import Storage
-from hookline.store.units import connected, is_postgres
+from hookline.store.units import connected
 from models import read_time, stored_time
 
 MAX_KEPT = 10  # secrets that sign beside the current one
@@ -50,7 +51,7 @@ def rotated(db: Database, webhook_id: str, secret: str, expires: datetime | None
 
     Without `expires` nothing is kept. Raises Conflict if too many are kept already.
     """
-    sql.lock_webhooks(db, [webhook_id])
+    locks.lock_webhooks(db, [webhook_id])
     select = f"SELECT secret, {', '.join(COLUMNS)} FROM webhooks WHERE webhook_id = {db.param}"
     row = db.execute_sql(select, (webhook_id,)).fetchone()
     if row is None:
@@ -95,7 +96,7 @@ def erase(db: Database, webhook_ids: Sequence[str]) -> int:
     Inside a unit of work.
     """
     now = clock.now()
-    free = set(webhook_ids) - sql.lock_webhooks(db, set(webhook_ids), free=True)
+    free = set(webhook_ids) - locks.lock_webhooks(db, set(webhook_ids), free=True)
     select = f"SELECT webhook_id, {', '.join(COLUMNS)} FROM webhooks WHERE webhook_id IN "
     rows = db.execute_sql(f"{select}(SELECT id FROM {sql.rows(db, 'id')})", (sql.ids(free),)).fetchall()
     left = []

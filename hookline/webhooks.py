@@ -26,10 +26,10 @@ from hookline.events import NewEvent, Published
 from hookline.legacy import MASK, legacy
 from hookline.policy import Rules
 from hookline.registration import MIN_SECRET, Registration, check, check_changes, check_rotation
-from hookline.store import forks, schema, sql
-from hookline.store.storage import storage_of
-from hookline.store.units import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, connected, open_database, transaction
-from hookline.worker import lane_rests, reports
+from hookline.store import forks, locks, schema, sql
+from hookline.store.open import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, open_database, storage_of
+from hookline.store.units import connected, transaction
+from hookline.worker import reports
 from hookline.worker.worker import Worker
 from models import Subscription, Webhook, read_time, stored_time
 
@@ -245,7 +245,7 @@ class WebhookManager:
         """
         check_changes(changes)
         with transaction(self.db):
-            sql.lock_webhooks(self.db, [webhook_id])
+            locks.lock_webhooks(self.db, [webhook_id])
             before = self.get(webhook_id)
             after = {**before, **changes}
             values = {name: encoded(name, value) for name, value in changes.items()}
@@ -256,7 +256,7 @@ class WebhookManager:
             values["updated_at"] = clock.now()
             began = self._began_missing(webhook_id) if after["enabled"] and not before["enabled"] else None
             Webhook.update(values).where(Webhook.webhook_id == webhook_id).execute(self.db)
-            lane_rests.reopen(self.db, webhook_id, before, changes)
+            lanes.reopen(self.db, webhook_id, before, changes)
             if "events" in changes or "team" in changes:
                 Subscription.delete().where(Subscription.webhook == webhook_id).execute(self.db)
                 rows = subscriptions(webhook_id, after["events"], after["team"])

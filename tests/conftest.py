@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 import models
 from app import create_app
 from hookline import WebhookManager
-from hookline.store.units import open_database
+from hookline.store.open import open_database
 from settings import Settings
 from tests import databases
 from tests.databases import Place, Postgres, free_port

@@ -27,7 +27,8 @@ from typing import Any
 from peewee import Database
 
 from hookline.store import schema
-from hookline.store.units import is_postgres, open_database
+from hookline.store.open import open_database
+from hookline.store.pool import is_postgres
 
 SERVER = "HOOKLINE_TEST_SERVER"  # in the environment: the server that the whole run shares
 TEMPLATE = "HOOKLINE_TEST_TEMPLATE"  # likewise: the name of the migrated database on it

@@ -7,7 +7,7 @@ from datetime import datetime
 from peewee import Database
 
 from hookline import replays
-from hookline.store.storage import write_now
+from hookline.store.postgres import write_now
 
 
 def carry_out(db: Database) -> int:

@@ -11,9 +11,10 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, lanes, removal
 from hookline.policy import Rules
 from hookline.store import sql
-from hookline.store.storage import storage_of
-from hookline.store.units import is_postgres, transaction
-from hookline.worker import claiming
+from hookline.store.open import storage_of
+from hookline.store.pool import is_postgres
+from hookline.store.units import transaction
+from hookline.worker import claiming, settling
 from models import IN_ORDER, stored_time
 from tests.conftest import SECRET, Server
 
@@ -72,7 +73,7 @@ def release(db: Database, webhook_id: str) -> None:
 
 
 def disable(db: Database, webhook_id: str) -> None:
-    assert claiming.disable(db, [webhook_id], "gone", stored_time(clock.now())) == [webhook_id]
+    assert settling.disable(db, [webhook_id], "gone", stored_time(clock.now())) == [webhook_id]
     db.execute_sql("UPDATE webhooks SET enabled = TRUE")
 
 

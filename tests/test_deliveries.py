@@ -14,8 +14,8 @@ from hookline.events import Published
 from hookline.lanes import Outlet, Slots
 from hookline.policy import Result, Rules
 from hookline.store import sql
-from hookline.worker import claiming
-from hookline.worker.claiming import Settled
+from hookline.worker import claiming, settling
+from hookline.worker.jobs import Settled
 from models import stored_time
 from tests.conftest import SECRET
 
@@ -46,7 +46,7 @@ def attempt(db: Database, status_code: int = 500, rules: Rules | None = None) ->
                 now=clock.now(),
             )
             settled.append(Settled(job, result, settlement))
-        claiming.settle(db, settled, stored_time(clock.now() - timedelta(days=5)))
+        settling.settle(db, settled, stored_time(clock.now() - timedelta(days=5)))
     return [job.delivery_id for job in jobs]
 
 
@@ -143,7 +143,7 @@ def test_a_cancelled_delivery_that_arrives_all_the_same_has_succeeded(db: Databa
     result = Result(clock.now(), 7, 200, None, "ok")
     settlement = policy.settle(result, attempts=1, failures=0, schedule=(), now=clock.now())
     with db.connection_context(), db.atomic():
-        claiming.settle(db, [Settled(job, result, settlement)], stored_time(clock.now()))
+        settling.settle(db, [Settled(job, result, settlement)], stored_time(clock.now()))
     assert the_one(db)["status"] == "succeeded"
 
 
@@ -154,7 +154,7 @@ def test_a_result_that_comes_twice_is_recorded_once(db: Database, published: Pub
     settled = Settled(job, result, policy.settle(result, attempts=1, failures=0, schedule=(5,), now=clock.now()))
     for _ in range(2):
         with db.connection_context(), db.atomic():
-            claiming.settle(db, [settled], stored_time(clock.now() - timedelta(days=5)))
+            settling.settle(db, [settled], stored_time(clock.now() - timedelta(days=5)))
     assert the_one(db)["attempts"] == 1
     assert len(deliveries.get(db, job.delivery_id)["attempt_log"]) == 1
 

@@ -16,10 +16,10 @@ from hookline import WebhookManager, clock, deliveries, events, lanes, policy
 from hookline.events import NewEvent
 from hookline.lanes import Outlet, Slots
 from hookline.policy import Result, Rules
-from hookline.store.storage import write_now
+from hookline.store.postgres import write_now
 from hookline.transfer import json_file
-from hookline.worker import claiming, lane_rests
-from hookline.worker.claiming import Job, Settled
+from hookline.worker import claiming, lane_rests, settling
+from hookline.worker.jobs import Job, Settled
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET, only_sqlite
 from tests.databases import plan, read_whole
@@ -60,7 +60,7 @@ def settled(job: Job, status_code: int, retry_after: float | None = None, wait: 
 
 
 def settle(db: Database, *results: Settled) -> None:
-    write_now(db, claiming.settle, db, results, LONG_AGO)
+    write_now(db, settling.settle, db, results, LONG_AGO)
 
 
 def opens(db: Database, webhook_id: str) -> float:
@@ -356,7 +356,7 @@ def test_opening_the_lane_of_a_webhook_costs_the_same_however_much_waits(
             if step == "release":
                 write_now(db, claiming.release, db, [7])
             elif step == "disable":
-                write_now(db, claiming.disable, db, [webhook_id], "gone", LONG_AGO)
+                write_now(db, settling.disable, db, [webhook_id], "gone", LONG_AGO)
             elif step == "import":
                 json_file.import_file(db, file, overwrite=True)
             else:
@@ -393,7 +393,7 @@ def test_a_new_endpoint_is_not_disabled_for_how_long_the_one_before_it_failed(
     after(DAY)
     manager.update(webhook_id, {"url": "https://other.example/"})
     failure = settled(second._replace(url="https://other.example/"), 500)
-    write_now(db, claiming.settle, db, [failure], stored_time(NOW))
+    write_now(db, settling.settle, db, [failure], stored_time(NOW))
     assert manager.get(webhook_id)["enabled"]
 
 

@@ -11,8 +11,8 @@ import hookline
 from hookline import WebhookManager, clock, deliveries, events, history
 from hookline.errors import Invalid
 from hookline.events import NewEvent
-from hookline.store.storage import write_now
-from hookline.worker import claiming
+from hookline.store.postgres import write_now
+from hookline.worker import settling
 from models import stored_time
 from tests.conftest import SECRET, Server, manage
 from tests.databases import Place
@@ -34,7 +34,7 @@ def star(manager: WebhookManager) -> str:
 
 def disabled_event(db: Database, webhook_id: str) -> str:
     """Disable it as a worker does; the id of the event that tells of it."""
-    write_now(db, claiming.disable, db, [webhook_id], "it is gone", stored_time(clock.now()))
+    write_now(db, settling.disable, db, [webhook_id], "it is gone", stored_time(clock.now()))
     return str(history.page(db, event_type=DISABLED)[0]["event_id"])
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from hookline import WebhookManager
 from hookline.errors import Invalid
-from hookline.store.units import is_postgres, open_database
+from hookline.store.open import open_database
+from hookline.store.pool import is_postgres
 from tests.conftest import ROOT, SECRET, Server, environment, manage, only_postgres, only_sqlite
 from tests.databases import Place
 from tests.receiver import Receiver

@@ -20,7 +20,7 @@ from app import create_app
 from hookline import WebhookManager, history, missed
 from hookline.errors import Invalid, Unavailable
 from hookline.registration import MAX_URL, generate_secret
-from hookline.store.units import open_database
+from hookline.store.open import open_database
 from hookline.transfer.json_file import export_file, import_file
 from settings import Settings
 from tests import databases

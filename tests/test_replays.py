@@ -17,8 +17,8 @@ from hookline.errors import Conflict, NotFound
 from hookline.events import NewEvent
 from hookline.policy import Rules
 from hookline.store import sql, units
-from hookline.store.storage import storage_of, write_now
-from hookline.store.units import open_database
+from hookline.store.open import open_database, storage_of
+from hookline.store.postgres import write_now
 from hookline.worker import claiming
 from models import Delivery, Status, stored_time
 from tests.conftest import SECRET, Server, only_postgres

@@ -15,8 +15,7 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, events, history, replays, retention
 from hookline.errors import NotFound
 from hookline.events import NewEvent
-from hookline.store.storage import storage_of
-from hookline.store.units import open_database
+from hookline.store.open import open_database, storage_of
 from models import Attempt, Delivery, Event
 from tests.conftest import SECRET, manage, only_postgres
 from tests.databases import Place, plan, read_whole, wait_for_a_waiter

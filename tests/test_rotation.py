@@ -14,7 +14,8 @@ from hookline import WebhookManager, clock, rotation, signing
 from hookline.egress import Client
 from hookline.errors import Conflict
 from hookline.policy import Rules
-from hookline.store.storage import storage_of, write_now
+from hookline.store.open import storage_of
+from hookline.store.postgres import write_now
 from hookline.worker import claiming
 from hookline.worker.worker import Worker
 from models import Webhook

@@ -10,7 +10,7 @@ from peewee import Database
 
 from hookline.egress import Client
 from hookline.policy import Rules
-from hookline.store.storage import storage_of
+from hookline.store.open import storage_of
 from hookline.worker.worker import Worker
 
 LOOPBACK = [ip_network("127.0.0.0/8")]

@@ -20,7 +20,7 @@ from hookline.errors import NotFound, Unavailable
 from hookline.registration import Registration, generate_secret, host_of
 from hookline.store.storage import Storage
 from hookline.webhooks import WebhookManager
-from web import schemas
+from web import cursors, parsing, schemas
 from web.schemas import Json
 
 log = logging.getLogger("hookline")
@@ -40,14 +40,14 @@ def manager_of(request: Request) -> WebhookManager:
     return cast(WebhookManager, request.app.state.manager)
 
 
-async def parsed(request: Request, model: type[schemas.M], *, empty: bytes = b"") -> schemas.M:
+async def parsed(request: Request, model: type[parsing.M], *, empty: bytes = b"") -> parsing.M:
     """The body as `model`. Its type must be JSON's; a type without a body too, since a form sends one."""
     content_type = request.headers.get("content-type")
     body = await request.body()
-    is_json = bool(content_type) and schemas.is_json(content_type)
+    is_json = bool(content_type) and parsing.is_json(content_type)
     if (body or content_type) and not is_json:
         raise HTTPException(415, "Send JSON, with the header  Content-Type: application/json")
-    return schemas.body_of(model, content_type, body or empty)
+    return parsing.body_of(model, content_type, body or empty)
 
 
 # The three endpoints of the replaced service.
@@ -55,7 +55,7 @@ async def parsed(request: Request, model: type[schemas.M], *, empty: bytes = b""
 
 async def register(request: Request) -> Response:
     # Another content type is a 422 here, as it was, and a 415 on the new routes.
-    new = schemas.body_of(schemas.Registration, request.headers.get("content-type"), await request.body())
+    new = parsing.body_of(schemas.Registration, request.headers.get("content-type"), await request.body())
     url = str(new.url)
     registration = Registration(url, new.events, new.secret, new.team)
     webhook_id = await storage_of(request).write_together(manager_of(request).register_all, registration)
@@ -112,7 +112,7 @@ async def create(request: Request) -> Response:
 
 
 async def page(request: Request) -> Response:
-    query = schemas.query_of(schemas.Listing, request.query_params)
+    query = parsing.query_of(schemas.Listing, request.query_params)
     look_up = partial(
         manager_of(request).list,
         team=query.team,
@@ -126,7 +126,7 @@ async def page(request: Request) -> Response:
 
 def paged(found: list[dict[str, Any]], limit: int, *order: str) -> Response:
     """A page of rows, of which one more than `limit` was asked for, to see whether there is another page."""
-    cursor = schemas.cursor_after(found[limit - 1], *order) if len(found) > limit else None
+    cursor = cursors.cursor_after(found[limit - 1], *order) if len(found) > limit else None
     return Json({"data": found[:limit], "next_cursor": cursor})
 
 
@@ -187,7 +187,7 @@ async def replay(request: Request) -> Response:
 
 
 async def list_replays(request: Request) -> Response:
-    query = schemas.query_of(schemas.ReplayListing, request.query_params)
+    query = parsing.query_of(schemas.ReplayListing, request.query_params)
     storage = storage_of(request)
     look_up = partial(
         replays.page, webhook_id=query.webhook_id, state=query.state, limit=query.limit + 1, before=query.cursor
@@ -219,7 +219,7 @@ async def publish(request: Request) -> Response:
 
 
 async def list_events(request: Request) -> Response:
-    query = schemas.query_of(schemas.EventListing, request.query_params)
+    query = parsing.query_of(schemas.EventListing, request.query_params)
     storage = storage_of(request)
     look_up = partial(history.page, event_type=query.event_type, limit=query.limit + 1, before=query.cursor)
     return paged(await storage.scan(look_up, storage.db), query.limit, "created_at", "event_id")
@@ -231,7 +231,7 @@ async def get_event(request: Request) -> Response:
 
 
 async def explain(request: Request) -> Response:
-    query = schemas.query_of(schemas.Explaining, request.query_params)
+    query = parsing.query_of(schemas.Explaining, request.query_params)
     storage = storage_of(request)
     look_up = partial(history.explain, limit=query.limit + 1, after=query.cursor)
     return paged(await storage.scan(look_up, storage.db, request.path_params["event_id"]), query.limit, "webhook_id")
@@ -241,7 +241,7 @@ async def explain(request: Request) -> Response:
 
 
 async def list_deliveries(request: Request) -> Response:
-    query = schemas.query_of(schemas.DeliveryListing, request.query_params)
+    query = parsing.query_of(schemas.DeliveryListing, request.query_params)
     storage = storage_of(request)
     look_up = partial(
         deliveries.page,

@@ -21,8 +21,8 @@ from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 from weakref import WeakSet
 
-from peewee import Database, OperationalError, SqliteDatabase
-from playhouse.pool import MaxConnectionsExceeded, PooledDatabase, PooledSqliteDatabase
+from peewee import Database, SqliteDatabase
+from playhouse.pool import PooledDatabase
 
 WAIT = 10.0  # seconds that a fork waits for other threads to give back their connections to SQLite
 LOOK = 0.02  # seconds between looks whether they have
@@ -30,19 +30,6 @@ REFUSED = (
     "this process was forked while its parent used this SQLite database, so it cannot: fork outside of transactions, "
     "and while no other thread uses it, or start the process by spawn"
 )
-
-
-class SqlitePool(PooledSqliteDatabase):  # type: ignore[misc]
-    """Peewee's pool, but it never creates the file, and gives nothing out while this process forks."""
-
-    is_forking = False
-
-    def _connect(self) -> Any:
-        if self.is_forking:
-            raise MaxConnectionsExceeded
-        if not self._connections and not os.path.exists(self.database):
-            raise OperationalError(f"there is no database at {self.database}")
-        return super()._connect()
 
 
 class Forkable(Protocol):

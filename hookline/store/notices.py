@@ -15,7 +15,7 @@ from typing import Any
 from peewee import Database
 
 from hookline.store.failures import FAILURES, reason
-from hookline.store.units import is_postgres
+from hookline.store.pool import is_postgres
 
 log = logging.getLogger("hookline")
 

@@ -18,7 +18,9 @@ from playhouse.schema_diff import diff_models
 import models
 from hookline.errors import Conflict, HooklineError, Invalid, Unavailable
 from hookline.store.failures import LOCKED, error_name, reason
-from hookline.store.units import alone, connected, is_postgres
+from hookline.store.locks import alone
+from hookline.store.pool import is_postgres
+from hookline.store.units import connected
 
 ADVISORY_LOCK = 0x686F6F6B6C696E65  # "hookline"; one lock of a PostgreSQL database, for migrations
 UNFINISHED_COPY = "hookline_copy"  # a table that is there while one goes on

@@ -7,15 +7,14 @@ the GIL each. So what is on a hot path is one statement for a whole set, whose r
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from peewee import Database
 
-from hookline.store.units import connected, is_postgres
-
-BRIEFLY = 500  # ms: others hold what they lock for a few
+from hookline.store.pool import is_postgres
+from hookline.store.units import connected
 
 
 def rows(db: Database, *columns: str, alias: str = "given") -> str:
@@ -77,28 +76,6 @@ def sooner(db: Database, first: str, second: str) -> str:
     return f"least({first}, {second})" if is_postgres(db) else f"min({first}, {second})"
 
 
-def lock_webhooks(db: Database, values: Collection[str], *, free: bool = False) -> set[str]:
-    """Lock these webhooks before what hangs on them, and in one order, so that no two transactions wait for each other.
-
-    A webhook's row comes first, as in its deletion, then its deliveries, then its lane. If only the `free` ones are
-    wanted, those that others hold are left alone and returned. SQLite has one writer.
-    """
-    if not is_postgres(db):
-        return set()
-    select = f"SELECT webhook_id FROM webhooks WHERE webhook_id IN (SELECT id FROM {rows(db, 'id')})"
-    lock = f"{select} ORDER BY webhook_id FOR NO KEY UPDATE{' SKIP LOCKED' if free else ''}"
-    locked = {webhook_id for (webhook_id,) in db.execute_sql(lock, (ids(values),)).fetchall()}
-    if not free or len(locked) == len(values):
-        return set()
-    return {webhook_id for (webhook_id,) in db.execute_sql(select, (ids(set(values) - locked),)).fetchall()}
-
-
-def wait_briefly(db: Database) -> None:
-    """For the rest of this transaction: rather fail (LOCKED) than wait long for what somebody holds on to."""
-    if is_postgres(db):
-        db.execute_sql(f"SET LOCAL lock_timeout = {BRIEFLY}")
-
-
 def plan_anew(db: Database) -> None:
     """For the rest of this transaction: plan each statement for the tables as they are now.
 
@@ -119,13 +96,3 @@ def looking(db: Database) -> Iterator[None]:
         with db.atomic():
             plan_anew(db)
             yield
-
-
-def locked(db: Database, table: str) -> str:
-    """Lock the rows; wait for those that others hold. SQLite has one writer, so there are none."""
-    return f" FOR UPDATE OF {table}" if is_postgres(db) else ""
-
-
-def skip_locked(db: Database, table: str) -> str:
-    """Lock the rows; leave to others those that they hold."""
-    return f"{locked(db, table)} SKIP LOCKED" if is_postgres(db) else ""

@@ -21,7 +21,9 @@ import models
 from hookline.errors import Conflict, Invalid, Unavailable
 from hookline.store import schema
 from hookline.store.failures import SENTENCES, error_name, in_peewees_words, is_lost, reason, sentence_for
-from hookline.store.units import alone, connected, is_postgres
+from hookline.store.locks import alone
+from hookline.store.pool import is_postgres
+from hookline.store.units import connected
 from models import UtcField, read_time, stored_time
 
 ADVISORY_LOCK = 0x686F6F6B636F7079  # "hookcopy", on PostgreSQL

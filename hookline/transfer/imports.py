@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from peewee import Database
 
 from hookline import lanes
-from hookline.store import sql
+from hookline.store import locks, sql
 from models import read_time, stored_time
 
 MERGED = ("url", "events", "secret", "team", "created_at", "enabled")
@@ -86,7 +86,7 @@ def plan(db: Database, rows: Iterable[Row], *, overwrite: bool = False, lock: bo
             differing.append(row)
     ids = [row["webhook_id"] for row in differing]
     if lock:
-        sql.lock_webhooks(db, ids)
+        locks.lock_webhooks(db, ids)
     here = current(db, ids)
     for row in differing:
         if row["webhook_id"] in here:

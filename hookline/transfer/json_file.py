@@ -25,7 +25,9 @@ from hookline.errors import Invalid
 from hookline.registration import MAX_NAME, text_problem, url_shape_problem
 from hookline.store.failures import in_peewees_words
 from hookline.store.files import back_up, replace_file
-from hookline.store.units import alone, connected, is_postgres, transaction
+from hookline.store.locks import alone
+from hookline.store.pool import is_postgres
+from hookline.store.units import connected, transaction
 from hookline.transfer import imports
 from hookline.transfer.imports import BATCH, Progress, Row
 from models import read_time, stored_time

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from peewee import Database
 
 from hookline.store import sql
+from hookline.store.pool import is_postgres
 from hookline.store.storage import Storage
-from hookline.store.units import connected, is_postgres
+from hookline.store.units import connected
 
 log = logging.getLogger("hookline")
 

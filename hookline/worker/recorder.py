@@ -14,9 +14,9 @@ from hookline.errors import Unavailable
 from hookline.policy import Result, Rules
 from hookline.store.failures import LOCKED, error_name
 from hookline.store.storage import Storage
-from hookline.worker import claiming
+from hookline.worker import settling
 from hookline.worker.capacity import Capacity
-from hookline.worker.claiming import Job, Settled
+from hookline.worker.jobs import Job, Settled
 from hookline.worker.reports import Reports
 from models import stored_time
 
@@ -122,7 +122,7 @@ class Recorder:
 
     async def _commit(self, batch: list[Settled], only_free: bool) -> list[Settled]:
         cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
-        outcomes = await self.storage.write(claiming.settle, self.storage.db, batch, cutoff, only_free)
+        outcomes = await self.storage.write(settling.settle, self.storage.db, batch, cutoff, only_free)
         left = {one.job.delivery_id for one in outcomes.left}
         self.reports.recorded([one for one in batch if one.job.delivery_id not in left], outcomes)
         return outcomes.left

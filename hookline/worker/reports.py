@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from models import stored_time
 
 if TYPE_CHECKING:
-    from hookline.worker.claiming import Outcomes, Settled
+    from hookline.worker.jobs import Settled
+    from hookline.worker.settling import Outcomes
 
 log = logging.getLogger("hookline")
 

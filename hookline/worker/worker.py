@@ -25,11 +25,11 @@ from hookline.errors import Unavailable
 from hookline.lanes import Wake
 from hookline.policy import Result, Rules
 from hookline.store.failures import LOCKED, error_name
+from hookline.store.pool import LOCK_TIMEOUT
 from hookline.store.storage import Storage
-from hookline.store.units import LOCK_TIMEOUT
-from hookline.worker import claiming, heartbeat, orphans, sweeper
+from hookline.worker import claiming, clock_jumps, heartbeat, orphans, sweeper
 from hookline.worker.capacity import Capacity
-from hookline.worker.claiming import Job
+from hookline.worker.jobs import Job
 from hookline.worker.recorder import AGAIN, MARGIN, Recorder
 
 log = logging.getLogger("hookline")
@@ -193,7 +193,7 @@ class Worker:
         now = time.monotonic()
         went_back = self._offset - (time.time() - now)
         self._offset -= went_back
-        if went_back > sweeper.JUMP:  # less is no more than a wait
+        if went_back > clock_jumps.JUMP:  # less is no more than a wait
             log.warning("the clock went back by %.0f s", went_back)
             self._next_look = self._next_sweep = 0
         if now >= self._next_sweep and (self._sweeping is None or self._sweeping.done()):
@@ -222,7 +222,7 @@ class Worker:
         """What is due later than it can be, a clock that was ahead has set; all of it again, later, if that fails."""
         began, self._next_look = time.monotonic(), math.inf
         try:
-            if await sweeper.bring_all_forward(self.storage, self.rules):
+            if await clock_jumps.bring_all_forward(self.storage, self.rules):
                 self._awake.set()
         except BaseException:
             self._next_look = 0

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 
 from hookline import WebhookManager
-from hookline.store.units import open_database
+from hookline.store.open import open_database
 from tests.conftest import ROOT, SECRET, Server
 from tests.databases import Place
 
@@ -20,7 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from hookline import WebhookManager
 from hookline.store import schema
-from hookline.store.units import open_database
+from hookline.store.open import open_database
 db = open_database(sys.argv[1], create=True)
 schema.up(db)
 manager = WebhookManager(db=db)

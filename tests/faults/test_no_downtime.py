@@ -21,7 +21,7 @@ MIGRATE = """
 import sys
 from pathlib import Path
 from hookline.store import schema
-from hookline.store.units import open_database
+from hookline.store.open import open_database
 print(schema.up(open_database(sys.argv[1], long_work=True), directory=Path(sys.argv[2])))
 """
 IMPORTED = 100_000

@@ -24,10 +24,10 @@ from hookline.events import NewEvent, Published
 from hookline.policy import Result, Rules
 from hookline.store.failures import LOCKED, error_name
 from hookline.store.notices import Notices
-from hookline.store.storage import storage_of, write_now
-from hookline.store.units import open_database
-from hookline.worker import claiming, sweeper
-from hookline.worker.claiming import Job, Settled
+from hookline.store.open import open_database, storage_of
+from hookline.store.postgres import write_now
+from hookline.worker import claiming, clock_jumps, settling, sweeper
+from hookline.worker.jobs import Job, Settled
 from hookline.worker.worker import Worker
 from models import Delivery, Status, Subscription, stored_time
 from tests.conftest import SECRET, only_postgres
@@ -147,7 +147,7 @@ def test_strict_order_holds_while_another_delivery_is_asked_for_again(
         replays.start(db, webhook_id, LONG_AGO)
         assert carry_out(db) == 1
     assert claim(db) == []
-    write_now(db, claiming.settle, db, [settled(job)], stored_time(LONG_AGO))
+    write_now(db, settling.settle, db, [settled(job)], stored_time(LONG_AGO))
     assert [one.delivery_id for one in claim(db)] == [first]
 
 
@@ -203,7 +203,7 @@ async def test_what_is_committed_after_the_worker_has_stopped_is_left_to_others(
 
 
 CHANGES: dict[str, Callable[[Database, WebhookManager, Job], Any]] = {
-    "settle": lambda db, manager, job: claiming.settle(db, [settled(job, 500)], stored_time(LONG_AGO)),
+    "settle": lambda db, manager, job: settling.settle(db, [settled(job, 500)], stored_time(LONG_AGO)),
     "disable": lambda db, manager, job: manager.update(job.webhook_id, {"enabled": False}),
 }
 
@@ -396,11 +396,11 @@ def test_what_was_begun_before_strict_order_leaves_its_closed_lane_alone(
     manager.send_event("goal", {"n": 2})
     manager.send_event("goal", {"n": 3})
     (first,) = claim(db)
-    write_now(db, claiming.settle, db, [settled(before, 500)], stored_time(LONG_AGO))
+    write_now(db, settling.settle, db, [settled(before, 500)], stored_time(LONG_AGO))
     with db.connection_context():
         db.execute_sql(f"UPDATE deliveries SET next_attempt_at = {IN_THE_PAST} WHERE status = 'pending' AND NOT leased")
     assert claim(db) == []
-    write_now(db, claiming.settle, db, [settled(first)], stored_time(LONG_AGO))
+    write_now(db, settling.settle, db, [settled(first)], stored_time(LONG_AGO))
     assert [job.event_id for job in claim(db)] != [first.event_id]
 
 
@@ -414,12 +414,12 @@ def test_a_clock_that_goes_far_back_opens_no_lane_in_which_one_is_made_in_order(
     now = clock.now()
     monkeypatch.setattr(clock, "now", lambda: now + timedelta(days=1))
     failed = [settled(job, 500) for job in claim(db) if job.webhook_id == other]
-    write_now(db, claiming.settle, db, failed, stored_time(LONG_AGO))
+    write_now(db, settling.settle, db, failed, stored_time(LONG_AGO))
     monkeypatch.setattr(clock, "now", lambda: now)
     assert claim(db) == []
-    found, resting, _ = sweeper.misdated(db, Rules())
-    assert write_now(db, sweeper.bring_forward, db, Rules(), found, resting) == 3
-    assert sweeper.misdated(db, Rules()) == ([], [], None)
+    found, resting, _ = clock_jumps.misdated(db, Rules())
+    assert write_now(db, clock_jumps.bring_forward, db, Rules(), found, resting) == 3
+    assert clock_jumps.misdated(db, Rules()) == ([], [], None)
     assert [job.webhook_id for job in claim(db)] == [other]
     monkeypatch.setattr(clock, "now", lambda: now + timedelta(seconds=61))
     assert {job.webhook_id for job in claim(db)} == {webhook_id, other}
@@ -433,11 +433,11 @@ def test_a_result_that_is_settled_again_opens_no_lane_in_which_the_next_one_is_m
     events.publish_all(db, [NewEvent("goal", {"n": number}) for number in range(2)])
     (first,) = claim(db)
     result = settled(first)
-    write_now(db, claiming.settle, db, [result], stored_time(LONG_AGO))
+    write_now(db, settling.settle, db, [result], stored_time(LONG_AGO))
     (second,) = claim(db)
-    write_now(db, claiming.settle, db, [result], stored_time(LONG_AGO))
+    write_now(db, settling.settle, db, [result], stored_time(LONG_AGO))
     assert claim(db) == []
-    write_now(db, claiming.settle, db, [settled(second)], stored_time(LONG_AGO))
+    write_now(db, settling.settle, db, [settled(second)], stored_time(LONG_AGO))
     assert manager.get(webhook_id)["total_calls"] == 2
 
 
@@ -452,7 +452,7 @@ def test_what_was_begun_before_strict_order_brings_no_retry_forward(
     (first,) = claim(db)
     results = [settled(one, 500, schedule=(600,)) for one in (first, before)]
     for batch in [results] if together else [[one] for one in results]:
-        write_now(db, claiming.settle, db, batch, stored_time(LONG_AGO))
+        write_now(db, settling.settle, db, batch, stored_time(LONG_AGO))
     with db.connection_context():
         due = claiming.next_due(db, [])
     assert due is not None and due > clock.now() + timedelta(seconds=500)
@@ -470,7 +470,7 @@ def test_a_claim_that_closes_a_lane_while_an_older_result_waits_for_it_is_not_un
     manager.send_event("goal", {"n": 3})
     with another(place) as other, ThreadPoolExecutor(1) as thread:
         assert len(claiming.claim(other, Rules(), 10, {}, [])) == 1
-        waiting = thread.submit(write_now, db, claiming.settle, db, [settled(before, 500)], stored_time(LONG_AGO))
+        waiting = thread.submit(write_now, db, settling.settle, db, [settled(before, 500)], stored_time(LONG_AGO))
         wait_for_a_waiter(place.url)
         other.commit()
         other.begin()

@@ -15,8 +15,9 @@ from peewee import Database
 
 from hookline import WebhookManager, clock
 from hookline.errors import Invalid
-from hookline.store import schema, units
-from hookline.store.units import alone, open_database
+from hookline.store import pool, schema
+from hookline.store.locks import alone
+from hookline.store.open import open_database
 from models import Attempt, Delivery, Event, Import, Lane, Replay, Subscription, Webhook, Worker, stored_time
 from tests import databases
 from tests.conftest import DATA, ROOT, SECRET, environment, manage, only_postgres, only_sqlite
@@ -215,7 +216,7 @@ def test_who_waits_for_another_migration_is_told_so(empty: Place) -> None:
 def test_a_migration_beside_a_long_transaction_says_what_to_do(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(units.SESSION, "lock_timeout", "100ms")
+    monkeypatch.setitem(pool.SESSION, "lock_timeout", "100ms")
     directory = scripts(tmp_path, m0009_weight=REBUILD)
     db, other = open_database(place.url), open_database(place.url)
     with other.connection_context(), other.atomic():

@@ -20,8 +20,10 @@ from hookline import WebhookManager
 from hookline.errors import Invalid, NotFound, Unavailable
 from hookline.registration import Registration
 from hookline.store import schema
-from hookline.store.storage import Storage, storage_of
-from hookline.store.units import connected, is_postgres, open_database, require_reachable
+from hookline.store.open import open_database, require_reachable, storage_of
+from hookline.store.pool import is_postgres
+from hookline.store.storage import Storage
+from hookline.store.units import connected
 from tests.conftest import SECRET, only_postgres, only_sqlite
 from tests.databases import Place, Postgres, execute, named, plan, wait_for_a_waiter
 

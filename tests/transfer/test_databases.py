@@ -20,7 +20,7 @@ import models
 from hookline import WebhookManager, deliveries, events
 from hookline.errors import Conflict, Invalid, Unavailable
 from hookline.store import schema
-from hookline.store.units import open_database
+from hookline.store.open import open_database
 from hookline.transfer import databases
 from models import Attempt, Delivery, Webhook
 from tests import databases as places
@@ -169,7 +169,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ba
 INTERRUPTED = """
 import sys
 from hookline.transfer import databases
-from hookline.store.units import open_database
+from hookline.store.open import open_database
 seen = [0]
 def progress(what, done, total):
     if what == "copied deliveries":

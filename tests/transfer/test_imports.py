@@ -13,7 +13,7 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock
-from hookline.store.units import is_postgres
+from hookline.store.pool import is_postgres
 from hookline.transfer import imports
 from hookline.transfer.json_file import Report, export_file, import_file
 from models import Delivery, Event, Import, Lane, Webhook

@@ -16,7 +16,7 @@ from peewee import Database
 
 from hookline import WebhookManager
 from hookline.errors import Invalid, Unavailable
-from hookline.store.units import open_database
+from hookline.store.open import open_database
 from hookline.transfer.json_file import Report, export_file, import_file
 from tests.conftest import DATA, manage, only_postgres, only_sqlite
 from tests.databases import Place

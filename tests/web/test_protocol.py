@@ -20,7 +20,7 @@ from starlette.types import Message
 
 from tests.conftest import ROOT, Server, environment, only_sqlite
 from tests.databases import Place, free_port
-from web import api, operations
+from web import api, errors, middleware, operations
 
 JSON = b"Content-Type: application/json\r\n"
 LAST = b"Host: localhost\r\nConnection: close\r\n\r\n"
@@ -148,8 +148,8 @@ async def test_half_an_upload_when_the_service_stops_is_a_503() -> None:
 
     app = Starlette(
         routes=[Route("/", read, methods=["POST"])],
-        middleware=[Middleware(operations.BodyLimit, max_body=9)],
-        exception_handlers=operations.exception_handlers,
+        middleware=[Middleware(middleware.BodyLimit, max_body=9)],
+        exception_handlers=errors.exception_handlers,
     )
     waits, sent = asyncio.Event(), list[Message]()
 
@@ -174,7 +174,7 @@ def test_what_nobody_expected_is_a_500_in_json() -> None:
     async def broken(request: Request) -> Response:
         raise RuntimeError("a secret of ours")
 
-    app = Starlette(routes=[Route("/", broken)], exception_handlers=operations.exception_handlers)
+    app = Starlette(routes=[Route("/", broken)], exception_handlers=errors.exception_handlers)
     answer = TestClient(app, raise_server_exceptions=False).get("/")
     assert (answer.status_code, answer.json()) == (500, {"detail": "Internal server error"})
     assert (answer.headers["x-content-type-options"], answer.headers["cache-control"]) == ("nosniff", "no-store")

@@ -15,9 +15,10 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, policy
 from hookline.egress import Client
 from hookline.policy import Result, Rules
-from hookline.store.storage import write_now
-from hookline.worker import claiming
-from hookline.worker.claiming import Job, Outcomes, Settled
+from hookline.store.postgres import write_now
+from hookline.worker import claiming, settling
+from hookline.worker.jobs import Job, Settled
+from hookline.worker.settling import Outcomes
 from models import Webhook, stored_time
 from tests.conftest import SECRET
 from tests.receiver import Answer, Received, Receiver
@@ -124,7 +125,7 @@ def result_of(job: Job, status_code: int) -> Settled:
 
 
 def settle(db: Database, *settled: Settled) -> Outcomes:
-    return write_now(db, claiming.settle, db, settled, NOBODY)
+    return write_now(db, settling.settle, db, settled, NOBODY)
 
 
 def codes(row: Row) -> list[tuple[int, int]]:

@@ -19,8 +19,8 @@ from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.lanes import Outlet, Slots
 from hookline.policy import Rules
-from hookline.store.storage import Storage, storage_of
-from hookline.store.units import open_database
+from hookline.store.open import open_database, storage_of
+from hookline.store.storage import Storage
 from hookline.worker.capacity import Capacity
 from hookline.worker.worker import Worker
 from tests.conftest import SECRET

@@ -15,9 +15,10 @@ from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.lanes import Outlet, Slots
 from hookline.policy import Result, Rules
-from hookline.store.storage import storage_of, write_now
-from hookline.worker import claiming, sweeper
-from hookline.worker.claiming import Job, Settled
+from hookline.store.open import storage_of
+from hookline.store.postgres import write_now
+from hookline.worker import claiming, clock_jumps, settling, sweeper
+from hookline.worker.jobs import Job, Settled
 from hookline.worker.worker import Worker
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET
@@ -60,7 +61,7 @@ def fail(db: Database, wait: float = 5, retry_after: float | None = None) -> Non
         result = Result(clock.now(), 5, 503, None, "said", retry_after)
         decided = policy.settle(result, attempts=1, failures=0, schedule=(wait,), now=clock.now(), spread=1)
         results.append(Settled(job, result, decided))
-    write_now(db, claiming.settle, db, results, LONG_AGO)
+    write_now(db, settling.settle, db, results, LONG_AGO)
 
 
 def look(db: Database, rules: Rules | None = None) -> int:
@@ -68,8 +69,8 @@ def look(db: Database, rules: Rules | None = None) -> int:
     chosen, after, changed = rules or Rules(), "", 0
     following: str | None = after
     while following is not None:
-        found, resting, following = sweeper.misdated(db, chosen, following)
-        changed += write_now(db, sweeper.bring_forward, db, chosen, found, resting)
+        found, resting, following = clock_jumps.misdated(db, chosen, following)
+        changed += write_now(db, clock_jumps.bring_forward, db, chosen, found, resting)
     return changed
 
 
@@ -203,7 +204,7 @@ def test_a_look_seeks_and_reads_nothing_whole(db: Database, webhook_id: str, at:
     at(0)
     db.query_hooks.append(lambda event: steps.extend(plan(db, event.sql, event.params)))
     with db.connection_context():
-        sweeper.misdated(db, Rules())
+        clock_jumps.misdated(db, Rules())
     db.query_hooks.clear()
     assert any("idx_deliveries_pending" in step for step in steps), steps
     assert not [one for table in ("deliveries d", "lanes l", "webhooks w") for one in read_whole(steps, *table.split())]

@@ -14,8 +14,7 @@ from hookline import WebhookManager, clock, deliveries
 from hookline.egress import Client
 from hookline.policy import Rules
 from hookline.store import sql
-from hookline.store.storage import storage_of
-from hookline.store.units import open_database
+from hookline.store.open import open_database, storage_of
 from hookline.worker import heartbeat
 from hookline.worker.worker import Worker
 from models import Worker as WorkerRow

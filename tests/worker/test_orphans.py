@@ -13,7 +13,7 @@ from peewee import Database, SqliteDatabase
 import models
 from hookline import WebhookManager, clock, publish
 from hookline.errors import Invalid
-from hookline.store.storage import storage_of
+from hookline.store.open import storage_of
 from hookline.worker import claiming, orphans
 from models import stored_time
 from tests.conftest import SECRET, only_sqlite, running

@@ -14,8 +14,9 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, policy
 from hookline.policy import Result, Rules
 from hookline.worker import reports
-from hookline.worker.claiming import Job, Outcomes, Settled
+from hookline.worker.jobs import Job, Settled
 from hookline.worker.reports import Reports
+from hookline.worker.settling import Outcomes
 from tests.receiver import Answer, Received, Receiver
 from tests.working import working
 

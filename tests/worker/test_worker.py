@@ -18,8 +18,7 @@ from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.lanes import Outlet
 from hookline.policy import Rules
-from hookline.store.storage import storage_of
-from hookline.store.units import open_database
+from hookline.store.open import open_database, storage_of
 from hookline.worker import claiming, sweeper
 from hookline.worker.worker import Worker
 from models import stored_time

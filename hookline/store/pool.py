@@ -1,0 +1,123 @@
+"""Connections: a pool for each kind of database, and what every new connection is set to."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import select
+import time
+from contextlib import nullcontext
+from typing import Any
+
+from peewee import (
+    Database,
+    OperationalError,
+    PostgresqlDatabase,
+    Psycopg3Adapter,
+)
+from playhouse.pool import (
+    MaxConnectionsExceeded,
+    PoolConnection,
+    PooledPostgresqlDatabase,
+    PooledSqliteDatabase,
+)
+
+LOCK_TIMEOUT = 10  # seconds, on PostgreSQL
+
+
+SESSION = {  # what we rely on, whatever the server's, the database's and the role's defaults are
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "default_transaction_isolation": "read committed",  # locks, then looks again: see lanes.py
+    "lock_timeout": f"{LOCK_TIMEOUT}s",
+    "jit": "off",  # it costs more than any statement of ours takes
+}
+
+
+def is_postgres(db: Database) -> bool:
+    return isinstance(db, PostgresqlDatabase)
+
+
+class Adapter(Psycopg3Adapter):
+    """Sets up each new connection, and checks one that was idle without a round trip."""
+
+    def connect(self, db: Database, **parameters: Any) -> Any:
+        from psycopg import connect
+
+        try:
+            connection = connect(**parameters, autocommit=True)  # transactions are begun by name
+        except UnicodeError as exc:
+            raise OperationalError("a part of the host's name is empty or too long") from exc
+        seconds = db.statement_timeout  # type: ignore[attr-defined]
+        limits = {"statement_timeout": f"{seconds}s", "idle_in_transaction_session_timeout": f"{2 * seconds}s"}
+        values = {**SESSION, **limits}
+        calls = ", ".join(["set_config(%s, %s, false)"] * len(values))
+        connection.execute(f"SELECT {calls}".encode(), [part for pair in values.items() for part in pair])
+        # What is acknowledged is on the disk, whatever the server's default is; a stricter default is left alone.
+        durable = "SELECT set_config('synchronous_commit', 'on', false) "
+        connection.execute(durable + "WHERE current_setting('synchronous_commit') = 'off'")
+        return connection
+
+    def is_connection_closed(self, conn: Any) -> bool:
+        """A server that went away has closed the socket, and an idle connection has nothing else to say."""
+        if self.is_connection_reusable(conn):
+            poll = select.poll()
+            poll.register(conn.fileno(), select.POLLIN)
+            if not poll.poll(0):
+                return False
+        conn.close()  # the pool forgets it, and would leave its socket open
+        return True
+
+
+class PostgresPool(PooledPostgresqlDatabase):  # type: ignore[misc]
+    """Peewee's pool, but connections are made outside its locks.
+
+    A server that does not answer then holds up who needs a new one, and nobody who has one or gives one back.
+    """
+
+    psycopg3_adapter = Adapter
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._lock = nullcontext()  # what it guards is of each thread
+
+    def _connect(self) -> Any:
+        reserved = object()
+        with self._pool_lock:
+            while self._connections:
+                since, _, connection = heapq.heappop(self._connections)
+                if not self._is_closed(connection):
+                    if not self._is_stale(since):
+                        self._in_use[id(connection)] = PoolConnection(since, connection, time.time())
+                        return connection
+                    self._close_raw(connection)
+            if len(self._in_use) >= self._max_connections:
+                raise MaxConnectionsExceeded
+            self._in_use[id(reserved)] = PoolConnection(time.time(), None, time.time())
+        connection = None
+        try:
+            connection = PostgresqlDatabase._connect(self)  # type: ignore[attr-defined]  # the pool's holds its lock
+        finally:
+            with self._pool_lock:
+                closed = self._in_use.pop(id(reserved), None) is None  # by `close_all`, meanwhile
+                if connection is None:
+                    self._pool_available.notify()
+                elif not closed:
+                    self._in_use[id(connection)] = PoolConnection(time.time(), connection, time.time())
+        if closed:
+            connection.close()
+            raise OperationalError("the pool was closed")
+        return connection
+
+
+class SqlitePool(PooledSqliteDatabase):  # type: ignore[misc]
+    """Peewee's pool, but it never creates the file, and gives nothing out while this process forks."""
+
+    is_forking = False
+
+    def _connect(self) -> Any:
+        if self.is_forking:
+            raise MaxConnectionsExceeded
+        if not self._connections and not os.path.exists(self.database):
+            raise OperationalError(f"there is no database at {self.database}")
+        return super()._connect()

@@ -1,0 +1,153 @@
+"""PostgreSQL: threads that read and write, each on a connection of the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import anyio.to_thread
+from peewee import Database
+
+from hookline.errors import Unavailable
+from hookline.store import locks, notices
+from hookline.store.failures import LOCKED, PASSING, error_name, is_lost, sentence_for
+from hookline.store.notices import Notices
+from hookline.store.storage import GROUP_LIMIT, Job, Storage, T, deliver, read_now
+from hookline.store.units import Unknown, Unreachable, unit
+
+PAUSE = 0.02  # seconds between tries, at most
+
+
+TRIES = 3  # of a write that something passing was in the way of, on PostgreSQL
+
+
+class PostgresStorage(Storage):
+    """Reads and writes in worker threads, as many as the pool has connections, each write in its own transaction.
+
+    Units of different kinds never share a transaction: each takes its locks in one order, but not all in the same.
+    """
+
+    def __init__(self, db: Database, pool_size: int) -> None:
+        super().__init__(db)
+        self._pool_size = pool_size
+        self._groups: dict[Callable[..., Any], list[Job]] = {}  # what waits, by the function that takes it together
+        self._running: set[asyncio.Future[Any]] = set()
+        self._refusing = True
+        self._notices = Notices(db, self._notify_now)
+
+    def forked(self) -> None:
+        super().forked()
+        self._refusing = True
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._threads = ThreadPoolExecutor(self._pool_size, "hookline-postgres")
+        self._scans = asyncio.Semaphore(max(self._pool_size // 2, 1))  # the other threads are for what is short
+        self._refusing = False
+        await self._notices.start()
+
+    async def stop(self) -> None:
+        if not self._refusing:
+            self._refusing = True
+            await self._notices.stop()
+            while self._running:
+                await asyncio.wait(self._running)
+            await anyio.to_thread.run_sync(self._threads.shutdown)
+        self.db.close_all()  # type: ignore[attr-defined]
+
+    async def read(self, fn: Callable[..., T], *args: Any) -> T:
+        self._require_open()
+        return await self._in_thread(read_now, self.db, fn, *args)
+
+    async def scan(self, fn: Callable[..., T], *args: Any) -> T:
+        async with self._scans:
+            return await self.read(fn, *args)
+
+    async def write(self, fn: Callable[..., T], *args: Any) -> T:
+        self._require_open()
+        writing = self._tracked(self._in_thread(write_now, self.db, fn, *args))
+        return await asyncio.shield(writing)  # what was begun is finished, also when the client goes away
+
+    async def write_together(self, fn: Callable[[list[Any]], Sequence[T]], item: Any) -> T:
+        self._require_open()
+        job = Job(fn, (item,), self._loop.create_future(), together=True)
+        if fn in self._groups:
+            self._groups[fn].append(job)
+        else:
+            self._groups[fn] = [job]
+            self._tracked(self._write_groups(fn))
+        answer: T = await job.future
+        return answer
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        self._notices.listen(wake)
+
+    def notify(self) -> None:
+        if not self._refusing:
+            self._notices.tell()
+
+    def _require_open(self) -> None:
+        if self._refusing:
+            raise Unavailable(self._why_refused)
+
+    def _in_thread(self, fn: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        return self._loop.run_in_executor(self._threads, fn, *args)
+
+    def _tracked(self, work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> asyncio.Future[T]:
+        """Work that `stop` waits for."""
+        task = asyncio.ensure_future(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def _write_groups(self, fn: Callable[..., Any]) -> None:
+        """Commit what waits for `fn`, one group after the other: the next one gathers while one is committed."""
+        while group := self._groups[fn][:GROUP_LIMIT]:
+            del self._groups[fn][:GROUP_LIMIT]
+            try:
+                deliver(group, await self._in_thread(write_now, self.db, together, self.db, fn, group))
+            except Exception as exc:
+                if isinstance(exc, Unknown) or is_lost(exc) or (len(group) == 1 and error_name(exc) != LOCKED):
+                    deliver(group, [exc] * len(group))
+                else:
+                    for job in group:
+                        self._tracked(self._write_alone(job))
+        del self._groups[fn]
+
+    async def _write_alone(self, job: Job) -> None:
+        """In a transaction of its own, so that it neither fails others nor has them wait."""
+        try:
+            deliver([job], [await self._in_thread(write_now, self.db, job.run)])
+        except Exception as exc:
+            deliver([job], [exc])
+
+    async def _notify_now(self) -> None:
+        await self._in_thread(read_now, self.db, notices.send, self.db)
+
+
+def together(db: Database, fn: Callable[..., Any], group: list[Job]) -> list[Any]:
+    """An answer for each job. If one waits for a lock that somebody holds on to, the others soon go on without it."""
+    locks.wait_briefly(db)
+    return list(fn([job.args[0] for job in group]))
+
+
+def write_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
+    """`fn(*args)` in a transaction on this thread, again where something passing was in its way. Raises Unavailable."""
+    for left in reversed(range(TRIES)):
+        try:
+            with unit(db):
+                return fn(*args)
+        except Unknown:
+            raise
+        except Exception as exc:
+            if left and (error_name(exc) in PASSING or (is_lost(exc) and not isinstance(exc, Unreachable))):
+                time.sleep(random.uniform(0, PAUSE))  # so that two that collided do not collide again
+                continue
+            if error_name(exc) in PASSING:
+                raise Unavailable(sentence_for(exc)) from exc
+            raise
+    raise AssertionError("unreachable")

@@ -1,0 +1,55 @@
+"""Errors of the domain as HTTP answers: the one map from kinds to statuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from hookline.errors import Conflict, HooklineError, Invalid, NotFound, TooLarge, Unavailable
+from web.parsing import Refused
+from web.protocol import ANSWER_HEADERS
+
+log = logging.getLogger("hookline")
+
+STATUSES: dict[type[HooklineError], int] = {NotFound: 404, Conflict: 409, Invalid: 422, TooLarge: 413, Unavailable: 503}
+
+
+async def domain_error(request: Request, exc: Exception) -> Response:
+    if isinstance(exc, Unavailable):
+        log.error("%s %r: %s", request.method, request.scope["path"], exc)
+    return JSONResponse(
+        {"detail": str(exc)}, next(status for kind, status in STATUSES.items() if isinstance(exc, kind))
+    )
+
+
+async def refused(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, Refused)
+    return JSONResponse({"detail": exc.detail}, 422)
+
+
+async def http_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    return JSONResponse({"detail": exc.detail}, exc.status_code, exc.headers)
+
+
+async def unexpected(request: Request, exc: Exception) -> Response:
+    headers = {name.decode(): value.decode() for name, value in ANSWER_HEADERS}  # nothing of ours is around this one
+    return JSONResponse({"detail": "Internal server error"}, 500, headers)
+
+
+async def gone(request: Request, exc: Exception) -> None:
+    """Whoever sent half a request and left gets no answer, and the log no line."""
+
+
+exception_handlers: Mapping[Any, Any] = {
+    **dict.fromkeys(STATUSES, domain_error),
+    Refused: refused,
+    HTTPException: http_error,
+    ClientDisconnect: gone,
+    Exception: unexpected,
+}
