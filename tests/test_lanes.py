@@ -18,7 +18,7 @@ from hookline.lanes import Outlet, Slots
 from hookline.policy import Result, Rules
 from hookline.store.postgres import write_now
 from hookline.transfer import json_file
-from hookline.worker import claiming, lane_rests, settling
+from hookline.worker import claiming, settling
 from hookline.worker.jobs import Job, Settled
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET, only_sqlite
@@ -145,7 +145,7 @@ def test_another_rate_limit_does_not_undo_what_the_endpoint_asked_for(
 def test_another_url_is_tried_at_once_by_what_waited_for_the_old_one(
     db: Database, manager: WebhookManager, webhook_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane_rests, "BROUGHT_FORWARD", 3)
+    monkeypatch.setattr(lanes, "BROUGHT_FORWARD", 3)
     publish(db, 5)
     settle(db, *(settled(job, 503, retry_after=DAY) for job in claim(db)))
     assert opens(db, webhook_id) == pytest.approx(DAY)

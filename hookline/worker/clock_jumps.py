@@ -15,7 +15,7 @@ from hookline.store import locks, sql
 from hookline.store.pool import is_postgres
 from hookline.store.storage import Storage
 from hookline.store.units import connected
-from hookline.worker.sweeper import WEBHOOKS, open_lanes, waiting
+from hookline.worker import sweeper
 from models import read_time, stored_time
 
 log = logging.getLogger("hookline")
@@ -60,13 +60,15 @@ def misdated(db: Database, rules: Rules, after: str = "") -> tuple[list[Misdated
     before this one began. Raises Unavailable.
     """
     with connected(db):
-        rows = db.execute_sql(f"{waiting(db)} SELECT id FROM waiting WHERE id IS NOT NULL ORDER BY place", (after,))
+        rows = db.execute_sql(
+            f"{sweeper.waiting(db)} SELECT id FROM waiting WHERE id IS NOT NULL ORDER BY place", (after,)
+        )
         ids = [row[0] for row in rows.fetchall()]
         now, ahead, of_leases = _limits(rules)
         deliveries = db.execute_sql(late_deliveries_sql(db, rules), (sql.ids(ids), ahead, of_leases, ahead)).fetchall()
         parameters = (sql.ids(ids), ahead, of_leases, of_leases, now, ahead)
         lanes = db.execute_sql(late_lanes_sql(db, rules), parameters).fetchall()
-    following = ids[-1] if len(ids) == WEBHOOKS else None
+    following = ids[-1] if len(ids) == sweeper.WEBHOOKS else None
     return _as_seen(deliveries), _as_seen(lanes), after if len(deliveries) == LATE else following
 
 
@@ -122,7 +124,7 @@ def bring_forward(db: Database, rules: Rules, deliveries: Sequence[Misdated], la
         UPDATE lanes SET due_at = {until}, open_at = {until} FROM {sql.rows(db, "id", "opens timestamptz")}
         WHERE webhook_id = given.id AND open_at = given.opens RETURNING webhook_id"""
     opened = db.execute_sql(statement, (lost, now, lost, now, sql.parameter(late_lanes))).fetchall()
-    open_lanes(db, sorted({webhook_id for (webhook_id,) in rows}))
+    sweeper.open_lanes(db, sorted({webhook_id for (webhook_id,) in rows}))
     return len(rows) + len(opened)
 
 

@@ -186,7 +186,7 @@ def test_a_rate_limit_rests_a_lane_as_long_as_it_should_and_no_longer(
 def test_a_look_takes_what_is_late_in_steps(
     db: Database, webhook_id: str, at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeper, "LATE", 3)
+    monkeypatch.setattr(clock_jumps, "LATE", 3)
     monkeypatch.setattr(sweeper, "WEBHOOKS", 1)
     at(AHEAD)
     publish(db, 10)

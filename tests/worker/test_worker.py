@@ -19,7 +19,7 @@ from hookline.events import NewEvent
 from hookline.lanes import Outlet
 from hookline.policy import Rules
 from hookline.store.open import open_database, storage_of
-from hookline.worker import claiming, sweeper
+from hookline.worker import claiming, clock_jumps, sweeper
 from hookline.worker.worker import Worker
 from models import stored_time
 from tests.conftest import SECRET, only_postgres
@@ -249,7 +249,7 @@ async def test_a_clock_that_goes_far_back_costs_one_retry(
     def attempts() -> set[int]:
         return {one["attempts"] for one in deliveries.page(db, limit=200)}
 
-    monkeypatch.setattr(sweeper, "ROWS", 2)
+    monkeypatch.setattr(clock_jumps, "ROWS", 2)
     receiver.answers["/down"] = answering(500)
     for _ in range(50):
         manager.register(f"{receiver.url}/down", ["goal"], SECRET)
