@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from functools import partial
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
-from peewee import PeeweeException
+from peewee import Database, PeeweeException
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 import settings
 from assembly import database_of, quiet_gc, start_logging, worker_of
-from hookline import events, lanes
+from hookline import lanes
 from hookline.errors import HooklineError, visible
 from hookline.store.failures import reason
 from hookline.store.open import storage_of
-from hookline.webhooks import WebhookManager
+from hookline.worker import heartbeat
 from web import api, errors, middleware, operations
 from web.access import Access
 from web.protocol import Protocol, Server, listen
+from web.services import Services
 
 SHUTDOWN_TIMEOUT = 10  # seconds that open requests get
 
@@ -33,6 +34,9 @@ def create_app(config: settings.Settings) -> Starlette:
     storage = storage_of(db, config.database_pool)
     worker = worker_of(config, storage) if config.run_worker else None
     lanes.attach(db, lanes.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
+
+    def worker_problem(db: Database) -> str | None:
+        return heartbeat.problem(db) if worker is None else worker.problem()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -55,20 +59,16 @@ def create_app(config: settings.Settings) -> Starlette:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # a redirect has no body, and loses that of a POST
-    app.state.storage = storage
-    app.state.manager = WebhookManager(db=db)
-    app.state.publish_all = partial(events.publish_all, db)
-    app.state.worker = worker
-    app.state.allowed_networks = config.allowed_networks
+    app.state.services = Services(storage, config.allowed_networks, worker_problem)
     return app
 
 
-def assembled() -> tuple[Starlette, settings.Settings]:
-    """The service of this process's settings, or one line that says what is wrong and exit status 1."""
+@contextmanager
+def or_exit() -> Iterator[None]:
+    """Whatever keeps the service from starting is one line, and exit status 1."""
     try:
-        config = settings.load()
-        return create_app(config), config
-    except (settings.BadSetting, HooklineError) as exc:
+        yield
+    except (settings.BadSetting, HooklineError, OSError) as exc:
         sys.exit(visible(f"Hookline cannot start: {exc}"))
     except PeeweeException as exc:
         sys.exit(visible(f"Hookline cannot start: the database refused: {reason(exc)}"))
@@ -77,20 +77,19 @@ def assembled() -> tuple[Starlette, settings.Settings]:
 def __getattr__(name: str) -> Any:
     """`app`, made when a server asks for it, so that importing this module does nothing."""
     if name == "app":
-        return assembled()[0]
+        with or_exit():
+            return create_app(settings.load())
     raise AttributeError(name)
 
 
 def main() -> None:
-    app, config = assembled()
+    with or_exit():
+        config = settings.load()
+        sockets = listen(config.host, config.port)
+        config = replace(config, port=sockets[0].getsockname()[1])  # PORT may be 0
+        app = create_app(config)
     quiet_gc()
     start_logging(config.log_level)
-    try:
-        sockets = listen(config.host, config.port)
-    except OSError as exc:
-        sys.exit(visible(f"Hookline cannot start: {exc}"))
-    if app.state.worker is not None:
-        app.state.worker.client.own = (config.host, sockets[0].getsockname()[1])  # PORT may be 0
     serving = uvicorn.Config(
         app,
         host=config.host,

@@ -10,7 +10,6 @@ import ipaddress
 import json
 import sys
 import time
-from functools import partial
 from typing import Any
 
 import aiohttp
@@ -67,19 +66,18 @@ async def ours(storage: Storage, fan_out: int) -> float:
 
     At most WINDOW are under way: what comes faster waits in lanes, which is the slower way.
     """
-    publish_all = partial(events.publish_all, storage.db)
-    before = await storage.read(succeeded, storage.db)
+    before = await storage.read(succeeded)
     total, begun, recorded = EVENTS[fan_out] * fan_out, 0, 0
     publishing: set[asyncio.Task[Any]] = set()
     start = time.perf_counter()
     while recorded < total:
         while begun < total and begun - recorded + fan_out <= WINDOW[fan_out]:
-            task = asyncio.ensure_future(storage.write_together(publish_all, NewEvent(f"fan_{fan_out}", DATA)))
+            task = asyncio.ensure_future(storage.write_together(events.publish_all, NewEvent(f"fan_{fan_out}", DATA)))
             publishing.add(task)
             task.add_done_callback(publishing.discard)
             begun += fan_out
         await asyncio.sleep(0.002)  # looking costs, too
-        recorded = await storage.read(succeeded, storage.db) - before
+        recorded = await storage.read(succeeded) - before
     return total / (time.perf_counter() - start)
 
 

@@ -1,6 +1,6 @@
 """Hookline: webhook registrations and signed, durable deliveries. These two are what Python callers need."""
 
 from hookline.events import publish
-from hookline.webhooks import WebhookManager
+from hookline.manager import WebhookManager
 
 __all__ = ["WebhookManager", "publish"]

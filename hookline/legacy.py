@@ -1,16 +1,17 @@
-"""A webhook as the replaced service showed it."""
+"""Webhooks as the replaced service showed them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from hookline import clock
+from peewee import Database
 
-MASK = "***"
+from hookline import clock, webhooks
+from hookline.registration import MASK
 
 
-def legacy(webhook: Mapping[str, Any]) -> dict[str, Any]:
+def shown(webhook: Mapping[str, Any]) -> dict[str, Any]:
     """A webhook in the order and form of the replaced service."""
     return {
         "url": webhook["url"],
@@ -25,3 +26,8 @@ def legacy(webhook: Mapping[str, Any]) -> dict[str, Any]:
         "enabled": webhook["enabled"],
         "id": webhook["webhook_id"],
     }
+
+
+def everything(db: Database) -> list[dict[str, Any]]:
+    """Every webhook in that form, oldest first. Raises Unavailable."""
+    return [shown(webhook) for webhook in webhooks.everything(db)]

@@ -26,6 +26,7 @@ MAX_HEADERS, MAX_HEADER_VALUE = 20, 4096  # of one webhook, characters
 MAX_RETRIES = 50
 MIN_WAIT, MAX_WAIT = 0.1, 30 * 86400.0  # seconds before a retry
 MAX_OVERLAP = 30 * 86400  # seconds that the old secret keeps signing
+MASK = "***"  # what is shown of a secret
 
 ORIGIN = re.compile(
     r"https?://([^/?#\\]*@)?(\[[^/?#\\@\]]+\]|[^/?#\\@:\[\]]+)(?::([0-9]{1,5}))?(?![^/?#])", re.IGNORECASE

@@ -56,10 +56,10 @@ def clear(db: Database, webhook_id: str) -> None:
 
 async def clear_beside(storage: Storage, webhook_id: str) -> None:
     """The same, and rests as long as each step took, for the writers. Raises Unavailable."""
-    if await storage.read(is_large, storage.db, webhook_id):
-        await storage.write(close, storage.db, webhook_id)
+    if await storage.read(is_large, webhook_id):
+        await storage.write(close, webhook_id)
         loop, more = asyncio.get_running_loop(), True
         while more:
             began = loop.time()
-            more = await storage.write(step, storage.db, webhook_id)
+            more = await storage.write(step, webhook_id)
             await asyncio.sleep(loop.time() - began)

@@ -122,7 +122,7 @@ async def _round(storage: Storage) -> bool:
     If not there is none, the database cannot be used, or other workers are at the same steps: leave them to it.
     """
     try:
-        ids, went_on = await storage.read(running, storage.db), False
+        ids, went_on = await storage.read(running), False
     except Unavailable:  # the worker says so
         return False
     except Exception:  # whatever it is, the next round comes
@@ -132,9 +132,9 @@ async def _round(storage: Storage) -> bool:
     for replay_id in ids:
         began = loop.time()
         try:
-            step = await storage.scan(find, storage.db, replay_id)
+            step = await storage.scan(find, replay_id)
             if step is not None:
-                went_on |= await storage.write(record, storage.db, step)
+                went_on |= await storage.write(record, step)
         except Unavailable as exc:
             log.warning("replay %s goes on later: %s", replay_id, exc)
         except Exception:  # whatever it is, the others go on

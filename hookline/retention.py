@@ -88,11 +88,11 @@ async def _pass(storage: Storage, cutoff: datetime) -> None:
     after: Place | None = START
     loop = asyncio.get_running_loop()
     while after is not None:
-        ids, after = await storage.scan(ended, storage.db, cutoff, after)
+        ids, after = await storage.scan(ended, cutoff, after)
         done = not ids
         while not done:
             began = loop.time()
-            _, _, done = await storage.write(purge, storage.db, ids, cutoff)
+            _, _, done = await storage.write(purge, ids, cutoff)
             await asyncio.sleep(loop.time() - began)  # as long as it took, for the writers
 
 

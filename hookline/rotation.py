@@ -70,8 +70,8 @@ async def erase_all(storage: Storage) -> None:
     """Erase what has expired, in short steps. Raises Unavailable."""
     erased = WEBHOOKS
     while erased == WEBHOOKS:
-        found = await storage.scan(ended, storage.db)
-        erased = await storage.write(erase, storage.db, found) if found else 0
+        found = await storage.scan(ended)
+        erased = await storage.write(erase, found) if found else 0
 
 
 def ended(db: Database) -> list[str]:

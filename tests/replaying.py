@@ -16,7 +16,7 @@ def carry_out(db: Database) -> int:
     while running := replays.running(db):
         for replay_id in running:
             if (step := replays.find(db, replay_id)) is not None:
-                write_now(db, replays.record, db, step)
+                write_now(db, replays.record, step)
     return sum(replays.get(db, replay_id)["deliveries"] for replay_id in ids)
 
 

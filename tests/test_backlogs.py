@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, lanes, removal
+from hookline import WebhookManager, clock, deliveries, lanes, removal, webhooks
 from hookline.policy import Rules
 from hookline.store import sql
 from hookline.store.open import storage_of
@@ -142,9 +142,9 @@ async def test_a_deletion_that_is_cut_off_leaves_a_disabled_webhook_that_can_be_
     storage = storage_of(db)
     await storage.start()
     await removal.clear_beside(storage, webhook_id)
-    shown = await storage.read(manager.get, webhook_id)
+    shown = await storage.read(webhooks.get, webhook_id)
     assert (shown["enabled"], shown["disabled_reason"]) == (False, "it is being deleted")
-    assert await storage.write(manager.unregister, webhook_id)
+    assert await storage.write(webhooks.unregister, webhook_id)
     await storage.stop()
     assert left(db) == (0, 0)
 

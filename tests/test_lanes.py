@@ -50,7 +50,7 @@ def publish(db: Database, count: int = 1) -> None:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, db, Rules(), 100, {}, [])
+    return write_now(db, claiming.claim, Rules(), 100, {}, [])
 
 
 def settled(job: Job, status_code: int, retry_after: float | None = None, wait: float = DAY) -> Settled:
@@ -60,7 +60,7 @@ def settled(job: Job, status_code: int, retry_after: float | None = None, wait: 
 
 
 def settle(db: Database, *results: Settled) -> None:
-    write_now(db, settling.settle, db, results, LONG_AGO)
+    write_now(db, settling.settle, results, LONG_AGO)
 
 
 def opens(db: Database, webhook_id: str) -> float:
@@ -354,9 +354,9 @@ def test_opening_the_lane_of_a_webhook_costs_the_same_however_much_waits(
             counted = [0]
             db.connection().set_progress_handler(partial(count_one, counted), 10)
             if step == "release":
-                write_now(db, claiming.release, db, [7])
+                write_now(db, claiming.release, [7])
             elif step == "disable":
-                write_now(db, settling.disable, db, [webhook_id], "gone", LONG_AGO)
+                write_now(db, settling.disable, [webhook_id], "gone", LONG_AGO)
             elif step == "import":
                 json_file.import_file(db, file, overwrite=True)
             else:
@@ -393,7 +393,7 @@ def test_a_new_endpoint_is_not_disabled_for_how_long_the_one_before_it_failed(
     after(DAY)
     manager.update(webhook_id, {"url": "https://other.example/"})
     failure = settled(second._replace(url="https://other.example/"), 500)
-    write_now(db, settling.settle, db, [failure], stored_time(NOW))
+    write_now(db, settling.settle, [failure], stored_time(NOW))
     assert manager.get(webhook_id)["enabled"]
 
 

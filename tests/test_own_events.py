@@ -34,7 +34,7 @@ def star(manager: WebhookManager) -> str:
 
 def disabled_event(db: Database, webhook_id: str) -> str:
     """Disable it as a worker does; the id of the event that tells of it."""
-    write_now(db, settling.disable, db, [webhook_id], "it is gone", stored_time(clock.now()))
+    write_now(db, settling.disable, [webhook_id], "it is gone", stored_time(clock.now()))
     return str(history.page(db, event_type=DISABLED)[0]["event_id"])
 
 

@@ -249,7 +249,7 @@ def test_a_created_webhook_is_answered_though_nothing_can_be_read(
     async def failing(*arguments: Any) -> Any:
         raise Unavailable("the database went away")
 
-    storage = client.app.state.storage  # type: ignore[attr-defined]
+    storage = client.app.state.services.storage  # type: ignore[attr-defined]
     monkeypatch.setattr(storage, "read", failing)
     monkeypatch.setattr(storage, "scan", failing)
     answer = client.post("/api/v1/webhooks", json={"url": URL, "events": ["a"], "headers": {"X-Mine": "1"}})
@@ -376,7 +376,7 @@ def test_what_was_registered_over_http_is_exported_and_imported_as_it_was(client
         assert answer.status_code in (201, 422)
 
     register()
-    db, file = client.app.state.storage.db, tmp_path / "webhooks.json"  # type: ignore[attr-defined]
+    db, file = client.app.state.services.storage.db, tmp_path / "webhooks.json"  # type: ignore[attr-defined]
     before = rows(db)
     assert before
     export_file(db, file)

@@ -182,9 +182,9 @@ def test_of_two_workers_at_one_step_the_late_one_changes_nothing(
     replay_id = replays.start(db, webhook_id, LONG_AGO)["replay_id"]
     step = replays.find(db, replay_id)
     assert step is not None
-    assert [write_now(db, replays.record, db, step) for _ in range(2)] == [True, False]
+    assert [write_now(db, replays.record, step) for _ in range(2)] == [True, False]
     end(db)  # they have failed again: the late one must not bring them back either
-    assert not write_now(db, replays.record, db, step)
+    assert not write_now(db, replays.record, step)
     assert (pending(db), replays.get(db, replay_id)["deliveries"]) == (0, 10)
 
 
@@ -216,10 +216,10 @@ def test_a_step_that_is_cut_off_in_the_middle_loses_and_repeats_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(replays, name, cut_off)
             with pytest.raises(KeyboardInterrupt):
-                write_now(db, replays.record, db, step)
+                write_now(db, replays.record, step)
         shown = replays.get(db, replay_id)
         assert (pending(db), shown["deliveries"]) == (shown["deliveries"], shown["deliveries"])
-        assert write_now(db, replays.record, db, step)
+        assert write_now(db, replays.record, step)
     assert carry_out(db) == 25
     assert pending(db) == 25
 
@@ -234,7 +234,7 @@ def test_what_changed_between_the_look_and_the_step_stays_as_it_is(db: Database,
     deliveries.retry(db, oldest)
     deliveries.retry(db, middle)
     end(db, Status.SUCCEEDED, Delivery.delivery_id == middle)
-    assert write_now(db, replays.record, db, step)
+    assert write_now(db, replays.record, step)
     statuses = [one["status"] for one in deliveries.page(db)]
     assert (statuses, replays.get(db, replay_id)["deliveries"]) == (["pending", "succeeded", "pending"], 1)
 
@@ -458,9 +458,9 @@ async def test_replays_go_on_after_a_look_for_them_has_failed(db: Database, webh
     replay_id = replays.start(db, webhook_id, LONG_AGO)["replay_id"]
     storage = storage_of(db)
     await storage.start()
-    await storage.write(db.execute_sql, "ALTER TABLE replays RENAME TO away")
+    await storage.write(lambda db: db.execute_sql("ALTER TABLE replays RENAME TO away"))
     assert not await replays._round(storage)
-    await storage.write(db.execute_sql, "ALTER TABLE away RENAME TO replays")
+    await storage.write(lambda db: db.execute_sql("ALTER TABLE away RENAME TO replays"))
     assert await replays._round(storage)
     await storage.stop()
     assert (replays.get(db, replay_id)["state"], pending(db)) == ("finished", 3)

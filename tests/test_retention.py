@@ -168,7 +168,7 @@ async def test_a_replay_of_an_event_that_is_being_purged_is_made_or_finds_it_gon
         assert retention.purge(db, ids, CUTOFF).events == 1
         step = replays.find(other, replay_id)
         assert step is not None and len(step.window.missing) == 1
-        replay = asyncio.ensure_future(storage.write(replays.record, other, step))
+        replay = asyncio.ensure_future(storage.write(replays.record, step))
         await asyncio.to_thread(wait_for_a_waiter, place.url)
         assert not replay.done()
     assert await replay

@@ -45,7 +45,7 @@ def webhook_id(manager: WebhookManager, after: Any) -> str:
 def sent(db: Database, manager: WebhookManager) -> tuple[dict[str, str], bytes]:
     """The headers and the body of a delivery made now, as a worker signs it."""
     manager.send_event("goal", {})
-    job = write_now(db, claiming.claim, db, Rules(), 2, {}, [])[-1]
+    job = write_now(db, claiming.claim, Rules(), 2, {}, [])[-1]
     worker = Worker(storage_of(db), Client(), Rules())
     return worker._headers(job), job.body
 
@@ -72,7 +72,7 @@ def stored(db: Database, webhook_id: str) -> str:
 
 
 def sweep(db: Database) -> int:
-    return write_now(db, rotation.erase, db, found) if (found := rotation.ended(db)) else 0
+    return write_now(db, rotation.erase, found) if (found := rotation.ended(db)) else 0
 
 
 def test_a_receiver_of_the_legacy_header_has_the_whole_overlap_to_change_its_secret(

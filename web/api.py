@@ -15,13 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from hookline import deliveries, egress, events, history, missed, removal, replays
+from hookline import deliveries, egress, events, history, legacy, missed, removal, replays, webhooks
 from hookline.errors import NotFound, Unavailable
 from hookline.registration import Registration, generate_secret, host_of
 from hookline.store.storage import Storage
-from hookline.webhooks import WebhookManager
 from web import cursors, parsing, schemas
 from web.schemas import Json
+from web.services import services_of, storage_of
 
 log = logging.getLogger("hookline")
 
@@ -30,14 +30,6 @@ PRIVATE_NETWORKS = [  # RFC 1918, RFC 4193, RFC 3927, RFC 4291
     ip_network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7", "169.254.0.0/16", "fe80::/10")
 ]
-
-
-def storage_of(request: Request) -> Storage:
-    return cast(Storage, request.app.state.storage)
-
-
-def manager_of(request: Request) -> WebhookManager:
-    return cast(WebhookManager, request.app.state.manager)
 
 
 async def parsed(request: Request, model: type[parsing.M], *, empty: bytes = b"") -> parsing.M:
@@ -58,7 +50,7 @@ async def register(request: Request) -> Response:
     new = parsing.body_of(schemas.Registration, request.headers.get("content-type"), await request.body())
     url = str(new.url)
     registration = Registration(url, new.events, new.secret, new.team)
-    webhook_id = await storage_of(request).write_together(manager_of(request).register_all, registration)
+    webhook_id = await storage_of(request).write_together(webhooks.register_all, registration)
     for warning in warnings(request, url, new.events):  # the answer's form is fixed
         log.warning("webhook %s: %s", webhook_id, warning)
     shown = {"webhook_id": webhook_id, "url": url, "events": new.events, "team": new.team}
@@ -67,7 +59,7 @@ async def register(request: Request) -> Response:
 
 def warnings(request: Request, url: str, events: Sequence[str]) -> list[str]:
     """Why this webhook will get nothing, as far as that can be told from its registration alone."""
-    allowed = request.app.state.allowed_networks
+    allowed = services_of(request).allowed_networks
     found = [] if events else ["it will get no events: its list of events is empty"]
     if refusal := egress.literal_refusal(url, allowed):
         found.append(f"it will not be delivered to: {refusal}")
@@ -88,13 +80,13 @@ def is_private(network: egress.Network) -> bool:
 
 
 async def list_all(request: Request) -> Response:
-    return Json({"webhooks": await storage_of(request).scan(manager_of(request).get_all)})
+    return Json({"webhooks": await storage_of(request).scan(legacy.everything)})
 
 
 async def delete(request: Request) -> Response:
     storage, webhook_id = storage_of(request), request.path_params["webhook_id"]
     await removal.clear_beside(storage, webhook_id)
-    found = await storage.write(manager_of(request).unregister, webhook_id)
+    found = await storage.write(webhooks.unregister, webhook_id)
     if not found:
         return Json({"detail": "Webhook not found"}, 404)
     return Response(status_code=204, media_type="application/json")
@@ -104,7 +96,7 @@ async def create(request: Request) -> Response:
     new = await parsed(request, schemas.NewWebhook)
     secret = new.secret or generate_secret()
     registration = Registration(str(new.url), new.events, secret, new.team, new.description, new.headers)
-    shown = await storage_of(request).write_together(manager_of(request).create_all, registration)
+    shown = await storage_of(request).write_together(webhooks.create_all, registration)
     if new.secret is None:
         shown["secret"] = secret
     shown["warnings"] = warnings(request, shown["url"], shown["events"])
@@ -114,7 +106,7 @@ async def create(request: Request) -> Response:
 async def page(request: Request) -> Response:
     query = parsing.query_of(schemas.Listing, request.query_params)
     look_up = partial(
-        manager_of(request).list,
+        webhooks.page,
         team=query.team,
         event=query.event,
         enabled=query.enabled,
@@ -131,7 +123,7 @@ def paged(found: list[dict[str, Any]], limit: int, *order: str) -> Response:
 
 
 async def get(request: Request) -> Response:
-    found = await storage_of(request).read(manager_of(request).get, request.path_params["webhook_id"])
+    found = await storage_of(request).read(webhooks.get, request.path_params["webhook_id"])
     return Json(found)
 
 
@@ -139,7 +131,7 @@ async def update(request: Request) -> Response:
     changes = await parsed(request, schemas.WebhookChanges)
     webhook_id = request.path_params["webhook_id"]
     storage = storage_of(request)
-    found, began = await storage.write(manager_of(request).change, webhook_id, changes.given())
+    found, began = await storage.write(webhooks.change, webhook_id, changes.given())
     if began is not None:
         found["replay"] = await missed_by(storage, webhook_id, began)
     return Json({**found, "warnings": warnings(request, found["url"], found["events"])})
@@ -148,7 +140,7 @@ async def update(request: Request) -> Response:
 async def missed_by(storage: Storage, webhook_id: str, began: datetime) -> dict[str, Any]:
     """What a replay would bring back, counted after the change is stored: so a failure is no failure of the change."""
     try:
-        return await storage.scan(missed.since, storage.db, webhook_id, began)
+        return await storage.scan(missed.since, webhook_id, began)
     except (NotFound, Unavailable) as exc:
         log.warning("webhook %s: what it missed could not be counted: %s", webhook_id, exc)
         return {"since": began, "deliveries": 0, "more": True}
@@ -158,7 +150,7 @@ async def rotate_secret(request: Request) -> Response:
     wanted = await parsed(request, schemas.Rotation, empty=b"{}")
     secret = wanted.secret or generate_secret()
     webhook_id = request.path_params["webhook_id"]
-    expires = await storage_of(request).write(manager_of(request).rotate, webhook_id, secret, wanted.overlap_seconds)
+    expires = await storage_of(request).write(webhooks.rotate, webhook_id, secret, wanted.overlap_seconds)
     shown: dict[str, Any] = {"webhook_id": webhook_id, "previous_secret_expires_at": expires}
     if wanted.secret is None:
         shown["secret"] = secret
@@ -168,7 +160,7 @@ async def rotate_secret(request: Request) -> Response:
 async def send_test(request: Request) -> Response:
     new = await parsed(request, schemas.TestEvent, empty=b"{}")
     webhook_id = request.path_params["webhook_id"]
-    published = await storage_of(request).write(manager_of(request).send_test, webhook_id, new.event_type, new.data)
+    published = await storage_of(request).write(webhooks.send_test, webhook_id, new.event_type, new.data)
     return Json(published._asdict(), 202)
 
 
@@ -178,7 +170,7 @@ async def send_test(request: Request) -> Response:
 async def replay(request: Request) -> Response:
     wanted = await parsed(request, schemas.Replay)
     webhook_id, storage = request.path_params["webhook_id"], storage_of(request)
-    arguments = (storage.db, webhook_id, wanted.since, wanted.until, wanted.status)
+    arguments = (webhook_id, wanted.since, wanted.until, wanted.status)
     if wanted.dry_run:
         counted = await storage.scan(missed.count, *arguments)
         return Json({"webhook_id": webhook_id, **counted, "dry_run": True})
@@ -192,18 +184,18 @@ async def list_replays(request: Request) -> Response:
     look_up = partial(
         replays.page, webhook_id=query.webhook_id, state=query.state, limit=query.limit + 1, before=query.cursor
     )
-    return paged(await storage.scan(look_up, storage.db), query.limit, "replay_id")
+    return paged(await storage.scan(look_up), query.limit, "replay_id")
 
 
 async def get_replay(request: Request) -> Response:
     storage = storage_of(request)
-    return Json(await storage.read(replays.get, storage.db, request.path_params["replay_id"]))
+    return Json(await storage.read(replays.get, request.path_params["replay_id"]))
 
 
 async def cancel_replay(request: Request) -> Response:
     await parsed(request, schemas.NoFields, empty=b"{}")
     storage = storage_of(request)
-    return Json(await storage.write(replays.cancel, storage.db, request.path_params["replay_id"]))
+    return Json(await storage.write(replays.cancel, request.path_params["replay_id"]))
 
 
 # Events
@@ -214,27 +206,27 @@ async def publish(request: Request) -> Response:
     key = new.idempotency_key or request.headers.get("idempotency-key")
     storage = storage_of(request)
     event = events.NewEvent(new.event_type, new.data, key)
-    published = await storage.write_together(request.app.state.publish_all, event)
-    return Json(published._asdict(), 202)
+    published = await storage.write_together(events.publish_all, event)
+    return Json(cast(events.Published, published)._asdict(), 202)
 
 
 async def list_events(request: Request) -> Response:
     query = parsing.query_of(schemas.EventListing, request.query_params)
     storage = storage_of(request)
     look_up = partial(history.page, event_type=query.event_type, limit=query.limit + 1, before=query.cursor)
-    return paged(await storage.scan(look_up, storage.db), query.limit, "created_at", "event_id")
+    return paged(await storage.scan(look_up), query.limit, "created_at", "event_id")
 
 
 async def get_event(request: Request) -> Response:
     storage = storage_of(request)
-    return Json(await storage.scan(history.get, storage.db, request.path_params["event_id"]))
+    return Json(await storage.scan(history.get, request.path_params["event_id"]))
 
 
 async def explain(request: Request) -> Response:
     query = parsing.query_of(schemas.Explaining, request.query_params)
     storage = storage_of(request)
     look_up = partial(history.explain, limit=query.limit + 1, after=query.cursor)
-    return paged(await storage.scan(look_up, storage.db, request.path_params["event_id"]), query.limit, "webhook_id")
+    return paged(await storage.scan(look_up, request.path_params["event_id"]), query.limit, "webhook_id")
 
 
 # Deliveries
@@ -251,7 +243,7 @@ async def list_deliveries(request: Request) -> Response:
         limit=query.limit + 1,
         before=query.cursor,
     )
-    return paged(await storage.scan(look_up, storage.db), query.limit, "delivery_id")
+    return paged(await storage.scan(look_up), query.limit, "delivery_id")
 
 
 def delivery_id_of(request: Request) -> int:
@@ -263,19 +255,19 @@ def delivery_id_of(request: Request) -> int:
 
 async def get_delivery(request: Request) -> Response:
     storage = storage_of(request)
-    return Json(await storage.scan(deliveries.get, storage.db, delivery_id_of(request)))
+    return Json(await storage.scan(deliveries.get, delivery_id_of(request)))
 
 
 async def retry_delivery(request: Request) -> Response:
     await parsed(request, schemas.NoFields, empty=b"{}")
     storage = storage_of(request)
-    return Json(await storage.write(deliveries.retry, storage.db, delivery_id_of(request)))
+    return Json(await storage.write(deliveries.retry, delivery_id_of(request)))
 
 
 async def cancel_delivery(request: Request) -> Response:
     await parsed(request, schemas.NoFields, empty=b"{}")
     storage = storage_of(request)
-    return Json(await storage.write(deliveries.cancel, storage.db, delivery_id_of(request)))
+    return Json(await storage.write(deliveries.cancel, delivery_id_of(request)))
 
 
 class Id(Convertor[str]):

@@ -1,4 +1,4 @@
-"""What a supervisor asks: is it alive, is it ready; and the one map from errors to statuses."""
+"""What a supervisor asks: is it alive, is it ready."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 from hookline import deliveries
 from hookline.errors import Conflict, Unavailable
 from hookline.store import schema
-from hookline.worker import heartbeat
+from web.services import services_of
 
 log = logging.getLogger("hookline")
 
@@ -25,17 +25,18 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """200 once requests can be served: the database answers, takes writes and is migrated, a worker beats."""
-    storage, worker = request.app.state.storage, request.app.state.worker
+    services = services_of(request)
+    storage = services.storage
     try:
         async with asyncio.timeout(ANSWER_WITHIN):
-            await storage.read(schema.require_usable, storage.db)
-            elsewhere = await storage.read(heartbeat.problem, storage.db) if worker is None else None
-            oldest = await storage.read(deliveries.oldest_due, storage.db)
+            await storage.read(schema.require_usable)
+            problem = await storage.read(services.worker_problem)
+            oldest = await storage.read(deliveries.oldest_due)
     except TimeoutError:
         return JSONResponse({"detail": f"the database does not answer within {ANSWER_WITHIN} s"}, 503)
     except (Conflict, Unavailable) as exc:
         return JSONResponse({"detail": str(exc)}, 503)
-    if (problem := worker.problem(worker) or elsewhere) is not None:
+    if problem is not None:
         return JSONResponse({"detail": problem}, 503)
     return JSONResponse({"status": "ready", "oldest_due_seconds": round(oldest, 3)})
 

@@ -72,7 +72,7 @@ class PostgresStorage(Storage):
         writing = self._tracked(self._in_thread(write_now, self.db, fn, *args))
         return await asyncio.shield(writing)  # what was begun is finished, also when the client goes away
 
-    async def write_together(self, fn: Callable[[list[Any]], Sequence[T]], item: Any) -> T:
+    async def write_together(self, fn: Callable[[Database, list[Any]], Sequence[T]], item: Any) -> T:
         self._require_open()
         job = Job(fn, (item,), self._loop.create_future(), together=True)
         if fn in self._groups:
@@ -109,7 +109,7 @@ class PostgresStorage(Storage):
         while group := self._groups[fn][:GROUP_LIMIT]:
             del self._groups[fn][:GROUP_LIMIT]
             try:
-                deliver(group, await self._in_thread(write_now, self.db, together, self.db, fn, group))
+                deliver(group, await self._in_thread(write_now, self.db, together, fn, group))
             except Exception as exc:
                 if isinstance(exc, Unknown) or is_lost(exc) or (len(group) == 1 and error_name(exc) != LOCKED):
                     deliver(group, [exc] * len(group))
@@ -126,21 +126,24 @@ class PostgresStorage(Storage):
             deliver([job], [exc])
 
     async def _notify_now(self) -> None:
-        await self._in_thread(read_now, self.db, notices.send, self.db)
+        await self._in_thread(read_now, self.db, notices.send)
 
 
 def together(db: Database, fn: Callable[..., Any], group: list[Job]) -> list[Any]:
     """An answer for each job. If one waits for a lock that somebody holds on to, the others soon go on without it."""
     locks.wait_briefly(db)
-    return list(fn([job.args[0] for job in group]))
+    return list(fn(db, [job.args[0] for job in group]))
 
 
 def write_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
-    """`fn(*args)` in a transaction on this thread, again where something passing was in its way. Raises Unavailable."""
+    """`fn(db, *args)` in a transaction on this thread, again where something passing was in its way.
+
+    Raises Unavailable.
+    """
     for left in reversed(range(TRIES)):
         try:
             with unit(db):
-                return fn(*args)
+                return fn(db, *args)
         except Unknown:
             raise
         except Exception as exc:

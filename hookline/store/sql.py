@@ -17,6 +17,30 @@ from hookline.store.pool import is_postgres
 from hookline.store.units import connected
 
 
+def param(db: Database, name: str) -> str:
+    """The parameter of this name: statements are executed with a mapping of names to values."""
+    return f"%({name})s" if is_postgres(db) else f":{name}"
+
+
+def time(db: Database, name: str) -> str:
+    """The parameter of this name, which is a time."""
+    return f"%({name})s::timestamptz" if is_postgres(db) else f":{name}"
+
+
+def values(db: Database, name: str, *columns: str) -> str:
+    """A FROM item `name` with these columns, whose rows are the parameter of the same name (see `encoded`).
+
+    A column is its name, with its type behind a space unless that is text: `"id bigint"`.
+    """
+    names = [column.partition(" ")[0] for column in columns]
+    if is_postgres(db):
+        types = [column.partition(" ")[2] or "text" for column in columns]
+        fields = [f"(value ->> {at})::{kind} AS {names[at]}" for at, kind in enumerate(types)]
+        return f"(SELECT {', '.join(fields)} FROM json_array_elements({param(db, name)}::json)) AS {name}"
+    fields = [f"json_extract(value, '$[{at}]') AS {column}" for at, column in enumerate(names)]
+    return f"(SELECT {', '.join(fields)} FROM json_each({param(db, name)})) AS {name}"
+
+
 def rows(db: Database, *columns: str, alias: str = "given") -> str:
     """A FROM item with these columns, whose rows are the array of arrays in one parameter (see `parameter`).
 
@@ -43,6 +67,16 @@ def each(db: Database, given: str, tables: str, columns: str, condition: str, *,
     if is_postgres(db):
         return f"FROM {given} CROSS JOIN LATERAL (SELECT {columns} FROM {tables} WHERE {condition} OFFSET 0) AS {alias}"
     return f"FROM {given} CROSS JOIN {tables} WHERE {condition}"
+
+
+def encoded(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows of plain values as the parameter that `values` reads."""
+    return json.dumps(list(rows), ensure_ascii=False, separators=(",", ":"))
+
+
+def encoded_ids(ids: Iterable[Any]) -> str:
+    """The parameter for `values` with a single column."""
+    return encoded([row_id] for row_id in ids)
 
 
 def parameter(values: Iterable[Sequence[Any]]) -> str:

@@ -64,7 +64,7 @@ class SqliteStorage(Storage):
         answer: T = await self._enqueue(fn, args, together=False)
         return answer
 
-    async def write_together(self, fn: Callable[[list[Any]], Sequence[T]], item: Any) -> T:
+    async def write_together(self, fn: Callable[[Database, list[Any]], Sequence[T]], item: Any) -> T:
         answer: T = await self._enqueue(fn, (item,), together=True)
         return answer
 
@@ -109,7 +109,7 @@ class SqliteStorage(Storage):
         """
         try:
             with unit(self.db):
-                return run_all(group)
+                return run_all(self.db, group)
         except Exception as exc:
             if error_name(exc) == "SQLITE_BUSY":  # waited long enough once
                 return [Unavailable(sentence_for(exc))] * len(group)
@@ -126,7 +126,7 @@ class SqliteStorage(Storage):
     def _attempt(self, job: Job) -> Any:
         try:
             with self.db.atomic():
-                return job.run()
+                return job.run(self.db)
         except Exception as exc:
             # A full disk or an I/O error may have ended the whole transaction, the neighbours' writes with it.
             if not self._still_in_transaction() or error_name(exc) not in ("", "SQLITE_CONSTRAINT"):

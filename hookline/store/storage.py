@@ -1,9 +1,9 @@
 """Storage: the two ways in which an asynchronous caller may use a database.
 
-    await storage.read(fn, *args)     a short look-up
-    await storage.scan(fn, *args)     the same for work that may be long
-    await storage.write(fn, *args)    inside a transaction; returns once the commit is durable
-    await storage.write_together(fn, item)    the same, where `fn([item, ...])` takes all that are waiting at once
+    await storage.read(fn, *args)           fn(db, *args), a short look-up
+    await storage.scan(fn, *args)           the same for work that may be long
+    await storage.write(fn, *args)          fn(db, *args) in a transaction; returns once the commit is durable
+    await storage.write_together(fn, item)  fn(db, [item, ...]), with all items that are waiting, returns a list
 
 `fn` is an ordinary function that uses the database. No connection is ever held across an `await`.
 """
@@ -29,17 +29,17 @@ FORKED = "this process was forked from the one that runs the storage: start one 
 
 
 def read_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
-    """`fn(*args)` on this thread, once more if the connection was lost. Raises Unavailable."""
+    """`fn(db, *args)` on this thread, once more if the connection was lost. Raises Unavailable."""
     try:
         with connected(db):
-            return fn(*args)
+            return fn(db, *args)
     except Unreachable:
         raise
     except Unavailable as exc:
         if not is_lost(exc):
             raise
     with connected(db):
-        return fn(*args)
+        return fn(db, *args)
 
 
 class Job(NamedTuple):
@@ -48,8 +48,8 @@ class Job(NamedTuple):
     future: asyncio.Future[Any]
     together: bool  # does `fn` take a list of the single argument of every such job, and return a list?
 
-    def run(self) -> Any:
-        return self.fn(list(self.args))[0] if self.together else self.fn(*self.args)
+    def run(self, db: Database) -> Any:
+        return self.fn(db, list(self.args))[0] if self.together else self.fn(db, *self.args)
 
 
 class Storage:
@@ -72,23 +72,23 @@ class Storage:
         raise NotImplementedError
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(*args)`, a point look-up or the like. Raises Unavailable if the database cannot be read."""
+        """`fn(db, *args)`, a point look-up or the like. Raises Unavailable if the database cannot be read."""
         raise NotImplementedError
 
     async def scan(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(*args)` in a worker thread, for what may take long. Raises Unavailable."""
+        """`fn(db, *args)` in a worker thread, for what may take long. Raises Unavailable."""
         raise NotImplementedError
 
     async def write(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(*args)` in a transaction; returns when its commit is durable.
+        """`fn(db, *args)` in a transaction; returns when its commit is durable.
 
         `fn` touches nothing but the database: it is run again where something passing was in its way. Raises what
         `fn` raised (then it alone is rolled back), or Unavailable if it could not be committed.
         """
         raise NotImplementedError
 
-    async def write_together(self, fn: Callable[[list[Any]], Sequence[T]], item: Any) -> T:
-        """Like `write` of `fn([item])[0]`, but `fn` is called once with the items of all such writes that wait.
+    async def write_together(self, fn: Callable[[Database, list[Any]], Sequence[T]], item: Any) -> T:
+        """Like `write` of `fn(db, [item])[0]`, but `fn` is called once with the items of all such writes that wait.
 
         One statement for a whole group costs little more than one for a single write. `fn` returns a result for each
         item, in order.
@@ -102,7 +102,7 @@ class Storage:
         """Tell the other processes, soon, that something is queued. From any thread; one lost costs them a poll."""
 
 
-def run_all(group: Sequence[Job]) -> list[Any]:
+def run_all(db: Database, group: Sequence[Job]) -> list[Any]:
     """The answer of each job, those that can run together in one call."""
     answers: list[Any] = [None] * len(group)
     sets: dict[Callable[..., Any], list[int]] = {}
@@ -110,9 +110,9 @@ def run_all(group: Sequence[Job]) -> list[Any]:
         if job.together:
             sets.setdefault(job.fn, []).append(place)
         else:
-            answers[place] = job.run()
+            answers[place] = job.run(db)
     for function, places in sets.items():
-        results = function([group[place].args[0] for place in places])
+        results = function(db, [group[place].args[0] for place in places])
         for place, result in zip(places, results, strict=True):
             answers[place] = result
     return answers

@@ -41,10 +41,10 @@ async def bring_all_forward(storage: Storage, rules: Rules) -> int:
     total = 0
     while after is not None:
         looked, changed = after, 0
-        found, resting, after = await storage.scan(misdated, storage.db, rules, looked)
+        found, resting, after = await storage.scan(misdated, rules, looked)
         for at in range(0, max(len(found), len(resting)), ROWS):
             batch = found[at : at + ROWS], resting[at : at + ROWS]
-            changed += await storage.write(bring_forward, storage.db, rules, *batch)
+            changed += await storage.write(bring_forward, rules, *batch)
         total += changed
         if after == looked and not changed:
             break  # others are at it

@@ -31,7 +31,7 @@ async def keep(storage: Storage, every: float = EVERY) -> None:
     try:
         while True:
             try:
-                await storage.write(beat, storage.db, worker_id, started_at)
+                await storage.write(beat, worker_id, started_at)
             except Unavailable:  # the worker says so
                 pass
             except Exception:  # whatever it is, the next one comes
@@ -39,7 +39,7 @@ async def keep(storage: Storage, every: float = EVERY) -> None:
             await asyncio.sleep(every)
     finally:
         with suppress(Unavailable):
-            await storage.write(leave, storage.db, worker_id)
+            await storage.write(leave, worker_id)
 
 
 def beat(db: Database, worker_id: str, started_at: datetime) -> None:

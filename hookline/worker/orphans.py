@@ -48,10 +48,10 @@ async def sweep(storage: Storage, positions: Positions) -> None:
         return
     for reference in REFERENCES:
         after = positions.get(reference, reference.least)
-        keys, positions[reference] = await storage.scan(find, storage.db, reference, after)
-        removed = batch = await storage.write(remove, storage.db, reference, keys) if keys else 0
+        keys, positions[reference] = await storage.scan(find, reference, after)
+        removed = batch = await storage.write(remove, reference, keys) if keys else 0
         while batch == ROWS:
-            removed += (batch := await storage.write(remove, storage.db, reference, keys))
+            removed += (batch := await storage.write(remove, reference, keys))
         if removed:
             table, column, parent, *_ = reference
             log.warning("removed %s rows of %s whose %s is not in %s", removed, table, column, parent)

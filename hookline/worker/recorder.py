@@ -122,7 +122,7 @@ class Recorder:
 
     async def _commit(self, batch: list[Settled], only_free: bool) -> list[Settled]:
         cutoff = stored_time(clock.now() - timedelta(seconds=self.rules.disable_after))
-        outcomes = await self.storage.write(settling.settle, self.storage.db, batch, cutoff, only_free)
+        outcomes = await self.storage.write(settling.settle, batch, cutoff, only_free)
         left = {one.job.delivery_id for one in outcomes.left}
         self.reports.recorded([one for one in batch if one.job.delivery_id not in left], outcomes)
         return outcomes.left

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from hookline.webhooks import log_disabled
 from models import stored_time
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Reports:
         for one in outcomes.failed:
             log.warning("delivery %s to webhook %s has failed for good: %s", one.job.delivery_id, *_failure(one))
         for webhook_id, why in outcomes.disabled.items():
-            disabled(webhook_id, why)
+            log_disabled(webhook_id, why)
 
     def catch_up(self) -> None:
         """Tell what could not be told yet."""
@@ -72,10 +73,6 @@ class Reports:
         if len(self._said) > MOST:
             forgotten, _ = self._said.popitem(last=False)
             self._unsaid.pop(forgotten, None)
-
-
-def disabled(webhook_id: str, why: str) -> None:
-    log.warning("webhook %s was disabled: %s", webhook_id, why)
 
 
 def _failure(one: Settled) -> tuple[str, str]:

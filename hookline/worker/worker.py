@@ -37,6 +37,7 @@ log = logging.getLogger("hookline")
 CROWDED = 0.02  # seconds until the next look where others hold the lanes that are due
 POLL = 0.5  # seconds between looks for what other processes queued
 LOOKS = 0.01  # of the time, at most, is spent on looking for what a clock that was ahead has set
+STALLED = 30  # seconds without a round of the loop
 UNUSABLE = "the delivery could not be made: the webhook's headers or its secret cannot be used"
 
 
@@ -65,6 +66,12 @@ class Worker:
     @property
     def db(self) -> Database:
         return self.storage.db
+
+    def problem(self) -> str | None:
+        """What is wrong with this worker, None if its loop goes round."""
+        if time.monotonic() - self.beat < STALLED:
+            return None
+        return f"the delivery worker has not looked for work for {STALLED} s"
 
     async def start(self) -> None:
         """Begin, on the running event loop. The storage must have been started."""
@@ -144,7 +151,7 @@ class Worker:
     async def _release(self, delivery_ids: Sequence[int]) -> None:
         try:
             if delivery_ids:
-                await self.storage.write(claiming.release, self.db, delivery_ids)
+                await self.storage.write(claiming.release, delivery_ids)
         except Unavailable as exc:
             log.error("%s deliveries wait for their leases to run out: %s", len(delivery_ids), exc)
 
@@ -152,7 +159,7 @@ class Worker:
         leased = [(delivery_id, wake.until) for delivery_id, _ in wake.leased]
         while True:
             try:
-                return await self.storage.read(claiming.load, self.db, leased, wake.since)
+                return await self.storage.read(claiming.load, leased, wake.since)
             except Unavailable as exc:  # try as long as they are ours
                 if self._stopping or self._is_too_late(wake.since):
                     log.error("%s deliveries wait for their leases to run out: %s", len(leased), exc)
@@ -208,9 +215,9 @@ class Worker:
             await rotation.erase_all(self.storage)
             after: str | None = ""
             while after is not None:
-                late, after = await self.storage.scan(sweeper.overdue, self.db, after)
+                late, after = await self.storage.scan(sweeper.overdue, after)
                 if late:
-                    await self.storage.write(sweeper.open_lanes, self.db, late)
+                    await self.storage.write(sweeper.open_lanes, late)
                     self._awake.set()
             await orphans.sweep(self.storage, self._orphans)
         except Unavailable as exc:
@@ -244,14 +251,14 @@ class Worker:
         if not free:
             self._backlog = True
             return POLL
-        due = await self.storage.read(claiming.next_due, self.db, busy)
+        due = await self.storage.read(claiming.next_due, busy)
         now = clock.now()
         self._backlog = bool(busy) or (due is not None and due <= now)
         if due is None or due > now:
             return POLL if due is None else min(POLL, (due - now).total_seconds())
         try:
             in_flight = self.capacity.slots().held
-            jobs = await self.storage.write(claiming.claim, self.db, self.rules, free, in_flight, busy)
+            jobs = await self.storage.write(claiming.claim, self.rules, free, in_flight, busy)
         except Unavailable as exc:
             if error_name(exc) != LOCKED:
                 raise
@@ -315,10 +322,3 @@ class Worker:
         self.capacity.give_back([job.webhook_id])
         if self._backlog or job.exclusive:
             self._awake.set()
-
-
-def problem(worker: Worker | None) -> str | None:
-    """What is wrong with this process's worker, None if it beats."""
-    if worker is None or time.monotonic() - worker.beat < 30:
-        return None
-    return "the delivery worker has not looked for work for 30 s"

@@ -224,14 +224,14 @@ async def child_of_a_service():
     if pid == 0:
         os._exit(outcome())
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    await manager._worker.storage.write(publish, "a", {"of": "the parent"})
+    await manager._worker.storage.write(lambda db: publish("a", {"of": "the parent"}))
     await manager.shutdown()
 
 def outcome():
     async def writes():
         storage = manager_storage
         try:
-            await storage.write(publish, "a", {})
+            await storage.write(lambda db: publish("a", {}))
         except Unavailable as exc:
             assert "forked" in str(exc), exc
             return 0

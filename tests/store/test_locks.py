@@ -46,7 +46,7 @@ def webhook_id(manager: WebhookManager) -> str:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, db, Rules(), 10, {}, [])
+    return write_now(db, claiming.claim, Rules(), 10, {}, [])
 
 
 def settled(job: Job, status_code: int = 200, schedule: tuple[float, ...] = (5,)) -> Settled:
@@ -90,10 +90,9 @@ async def test_a_callers_long_transaction_holds_up_neither_the_worker_nor_other_
     manager.register(f"{receiver.url}/other", ["other"], SECRET)
     storage, application = storage_of(db), open_database(place.url)
     worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")]), Rules())
-    publish_all = partial(events.publish_all, db)  # one for all: what is published together is one group
 
     async def publish(new: NewEvent) -> Published:
-        answer = await storage.write_together(publish_all, new)
+        answer = await storage.write_together(events.publish_all, new)
         assert isinstance(answer, Published)
         return answer
 
@@ -102,7 +101,7 @@ async def test_a_callers_long_transaction_holds_up_neither_the_worker_nor_other_
     with application.connection_context():
         with application.atomic():
             events.publish_one(application, NewEvent("mine", {"n": 1}, "key"))
-            assert await storage.scan(sweeper.overdue, db) == ([], None)
+            assert await storage.scan(sweeper.overdue) == ([], None)
             same_key = asyncio.ensure_future(publish(NewEvent("mine", {"n": 1}, "key")))
             await asyncio.to_thread(wait_for_a_waiter, place.url)
             assert (await publish(NewEvent("mine", {"n": 2}))).deliveries == 1
@@ -147,7 +146,7 @@ def test_strict_order_holds_while_another_delivery_is_asked_for_again(
         replays.start(db, webhook_id, LONG_AGO)
         assert carry_out(db) == 1
     assert claim(db) == []
-    write_now(db, settling.settle, db, [settled(job)], stored_time(LONG_AGO))
+    write_now(db, settling.settle, [settled(job)], stored_time(LONG_AGO))
     assert [one.delivery_id for one in claim(db)] == [first]
 
 
@@ -218,7 +217,7 @@ def test_who_waits_for_a_webhook_that_is_being_deleted_holds_nothing_that_the_de
     job = claim(db)[0]
     with another(place) as other, ThreadPoolExecutor(1) as thread:
         assert free_to_lock(other, "SELECT 1 FROM webhooks")
-        waiting = thread.submit(write_now, db, CHANGES[change], db, manager, job)
+        waiting = thread.submit(write_now, db, CHANGES[change], manager, job)
         wait_for_a_waiter(place.url)
         assert free_to_lock(other, "SELECT 1 FROM deliveries")
         assert free_to_lock(other, "SELECT 1 FROM lanes")
@@ -396,11 +395,11 @@ def test_what_was_begun_before_strict_order_leaves_its_closed_lane_alone(
     manager.send_event("goal", {"n": 2})
     manager.send_event("goal", {"n": 3})
     (first,) = claim(db)
-    write_now(db, settling.settle, db, [settled(before, 500)], stored_time(LONG_AGO))
+    write_now(db, settling.settle, [settled(before, 500)], stored_time(LONG_AGO))
     with db.connection_context():
         db.execute_sql(f"UPDATE deliveries SET next_attempt_at = {IN_THE_PAST} WHERE status = 'pending' AND NOT leased")
     assert claim(db) == []
-    write_now(db, settling.settle, db, [settled(first)], stored_time(LONG_AGO))
+    write_now(db, settling.settle, [settled(first)], stored_time(LONG_AGO))
     assert [job.event_id for job in claim(db)] != [first.event_id]
 
 
@@ -414,11 +413,11 @@ def test_a_clock_that_goes_far_back_opens_no_lane_in_which_one_is_made_in_order(
     now = clock.now()
     monkeypatch.setattr(clock, "now", lambda: now + timedelta(days=1))
     failed = [settled(job, 500) for job in claim(db) if job.webhook_id == other]
-    write_now(db, settling.settle, db, failed, stored_time(LONG_AGO))
+    write_now(db, settling.settle, failed, stored_time(LONG_AGO))
     monkeypatch.setattr(clock, "now", lambda: now)
     assert claim(db) == []
     found, resting, _ = clock_jumps.misdated(db, Rules())
-    assert write_now(db, clock_jumps.bring_forward, db, Rules(), found, resting) == 3
+    assert write_now(db, clock_jumps.bring_forward, Rules(), found, resting) == 3
     assert clock_jumps.misdated(db, Rules()) == ([], [], None)
     assert [job.webhook_id for job in claim(db)] == [other]
     monkeypatch.setattr(clock, "now", lambda: now + timedelta(seconds=61))
@@ -433,11 +432,11 @@ def test_a_result_that_is_settled_again_opens_no_lane_in_which_the_next_one_is_m
     events.publish_all(db, [NewEvent("goal", {"n": number}) for number in range(2)])
     (first,) = claim(db)
     result = settled(first)
-    write_now(db, settling.settle, db, [result], stored_time(LONG_AGO))
+    write_now(db, settling.settle, [result], stored_time(LONG_AGO))
     (second,) = claim(db)
-    write_now(db, settling.settle, db, [result], stored_time(LONG_AGO))
+    write_now(db, settling.settle, [result], stored_time(LONG_AGO))
     assert claim(db) == []
-    write_now(db, settling.settle, db, [settled(second)], stored_time(LONG_AGO))
+    write_now(db, settling.settle, [settled(second)], stored_time(LONG_AGO))
     assert manager.get(webhook_id)["total_calls"] == 2
 
 
@@ -452,7 +451,7 @@ def test_what_was_begun_before_strict_order_brings_no_retry_forward(
     (first,) = claim(db)
     results = [settled(one, 500, schedule=(600,)) for one in (first, before)]
     for batch in [results] if together else [[one] for one in results]:
-        write_now(db, settling.settle, db, batch, stored_time(LONG_AGO))
+        write_now(db, settling.settle, batch, stored_time(LONG_AGO))
     with db.connection_context():
         due = claiming.next_due(db, [])
     assert due is not None and due > clock.now() + timedelta(seconds=500)
@@ -470,7 +469,7 @@ def test_a_claim_that_closes_a_lane_while_an_older_result_waits_for_it_is_not_un
     manager.send_event("goal", {"n": 3})
     with another(place) as other, ThreadPoolExecutor(1) as thread:
         assert len(claiming.claim(other, Rules(), 10, {}, [])) == 1
-        waiting = thread.submit(write_now, db, settling.settle, db, [settled(before, 500)], stored_time(LONG_AGO))
+        waiting = thread.submit(write_now, db, settling.settle, [settled(before, 500)], stored_time(LONG_AGO))
         wait_for_a_waiter(place.url)
         other.commit()
         other.begin()

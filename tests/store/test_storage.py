@@ -16,8 +16,9 @@ import pytest
 from peewee import Database
 
 import models
-from hookline import WebhookManager
+from hookline import WebhookManager, events, legacy, webhooks
 from hookline.errors import Invalid, NotFound, Unavailable
+from hookline.events import NewEvent
 from hookline.registration import Registration
 from hookline.store import schema
 from hookline.store.open import open_database, require_reachable, storage_of
@@ -46,7 +47,7 @@ async def in_one_group(storage: Storage, *writes: Any) -> list[Any]:
     """Hold the writer back until all are waiting: they then share one commit."""
     held, release = threading.Event(), threading.Event()
 
-    def hold() -> None:
+    def hold(db: Database) -> None:
         held.set()
         assert release.wait(20)
 
@@ -64,22 +65,22 @@ async def test_a_failing_write_rolls_back_alone_while_its_neighbours_commit(db: 
     manager = WebhookManager(db=db)
     statements: list[str] = []
 
-    def registers_and_fails() -> None:
+    def registers_and_fails(db: Database) -> None:
         manager.register("http://example.com/lost", ["a"], SECRET)
         raise ValueError("after the insert")
 
-    def trace() -> None:
+    def trace(db: Database) -> None:
         db.connection().set_trace_callback(statements.append)
 
-    writes = [(manager.register, f"http://example.com/{n}", ["a"], SECRET) for n in range(20)]
+    writes = [(webhooks.register, Registration(f"http://example.com/{n}", ["a"], SECRET)) for n in range(20)]
     answers = await in_one_group(storage, (trace,), *writes[:10], (registers_and_fails,), *writes[10:])
-    await storage.write(lambda: db.connection().set_trace_callback(None))
+    await storage.write(lambda db: db.connection().set_trace_callback(None))
 
     failed = [answer for answer in answers if isinstance(answer, Exception)]
     assert [str(exc) for exc in failed] == ["after the insert"]
     assert statements.count("COMMIT") == 1
-    assert await storage.read(count, db) == 20
-    urls = {webhook["url"] for webhook in await storage.scan(manager.get_all)}
+    assert await storage.read(count) == 20
+    urls = {webhook["url"] for webhook in await storage.scan(legacy.everything)}
     assert urls == {f"http://example.com/{n}" for n in range(20)}
 
 
@@ -93,45 +94,47 @@ async def test_a_full_disk_fails_the_whole_group_and_stores_nothing(tmp_path: Pa
     roomy.close_all()  # type: ignore[attr-defined]
 
     db = open_database(url, pragmas={"max_page_count": pages + 2})
-    storage, manager = storage_of(db), WebhookManager(db=db)
+    storage = storage_of(db)
     await storage.start()
-    writes = [(manager.register, "http://example.com/" + "x" * 900, ["a"], SECRET) for _ in range(100)]
+    writes = [(webhooks.register, Registration("http://example.com/" + "x" * 900, ["a"], SECRET)) for _ in range(100)]
     answers = await in_one_group(storage, *writes)
     assert all(isinstance(answer, Unavailable) for answer in answers)
     assert "disk is full" in str(answers[0])
-    assert await storage.read(count, db) == 0
+    assert await storage.read(count) == 0
 
-    webhook_id = await storage.write(manager.register, "http://example.com/small", ["a"], SECRET)
-    assert (await storage.read(manager.get, webhook_id))["url"] == "http://example.com/small"
+    webhook_id = await storage.write(webhooks.register, Registration("http://example.com/small", ["a"], SECRET))
+    assert (await storage.read(webhooks.get, webhook_id))["url"] == "http://example.com/small"
     await storage.stop()
 
 
 async def test_a_client_that_goes_away_does_not_stop_the_writer(db: Database, storage: Storage) -> None:
-    manager = WebhookManager(db=db)
-    write = asyncio.ensure_future(storage.write(manager.register, "http://example.com/gone", ["a"], SECRET))
+    write = asyncio.ensure_future(
+        storage.write(webhooks.register, Registration("http://example.com/gone", ["a"], SECRET))
+    )
     await asyncio.sleep(0)
     write.cancel()
     with pytest.raises(asyncio.CancelledError):
         await write
-    assert await storage.write(manager.register, "http://example.com/next", ["a"], SECRET)
+    assert await storage.write(webhooks.register, Registration("http://example.com/next", ["a"], SECRET))
 
 
 async def test_stopping_finishes_what_was_accepted(db: Database) -> None:
-    storage, manager = storage_of(db), WebhookManager(db=db)
+    storage = storage_of(db)
     await storage.start()
     writes = [
-        asyncio.ensure_future(storage.write(manager.register, "http://example.com/", ["a"], SECRET)) for _ in range(50)
+        asyncio.ensure_future(storage.write(webhooks.register, Registration("http://example.com/", ["a"], SECRET)))
+        for _ in range(50)
     ]
     await asyncio.sleep(0)
     await storage.stop()
     assert len(set(await asyncio.gather(*writes))) == 50
     with pytest.raises(Unavailable):
-        await storage.write(manager.register, "http://example.com/", ["a"], SECRET)
+        await storage.write(webhooks.register, Registration("http://example.com/", ["a"], SECRET))
     with db.connection_context():
         assert count(db) == 50
     if is_postgres(db):
         with pytest.raises(Unavailable):
-            await storage.read(count, db)
+            await storage.read(count)
 
 
 @only_sqlite
@@ -139,8 +142,8 @@ async def test_between_calls_the_loop_alone_holds_a_connection_and_no_transactio
     db: Database, storage: Storage
 ) -> None:
     for call in (storage.read, storage.scan, storage.write):
-        await call(count, db)
-    await storage.write(count, db)
+        await call(count)
+    await storage.write(count)
     assert len(db._in_use) == 1  # type: ignore[attr-defined]
     assert not db.connection().in_transaction
     other = open_database(f"sqlite:///{db.database}")  # an idle reader must not keep the log from being reset
@@ -149,28 +152,27 @@ async def test_between_calls_the_loop_alone_holds_a_connection_and_no_transactio
 
 
 async def test_writes_of_one_kind_are_one_call_for_a_group(db: Database, storage: Storage) -> None:
-    manager = WebhookManager(db=db)
     calls: list[int] = []
 
-    def register_all(registrations: list[Registration]) -> list[str]:
+    def register_all(db: Database, registrations: list[Registration]) -> list[str]:
         calls.append(len(registrations))
-        return manager.register_all(registrations)
+        return webhooks.register_all(db, registrations)
 
     good = [Registration(f"http://example.com/{n}", ["a"], SECRET) for n in range(10)]
     ids = await asyncio.gather(*(storage.write_together(register_all, one) for one in good))
     assert calls == [10]
-    assert [(await storage.read(manager.get, one))["url"] for one in ids] == [one.url for one in good]
+    assert [(await storage.read(webhooks.get, one))["url"] for one in ids] == [one.url for one in good]
 
     bad = Registration("ftp://example.com", ["a"], SECRET)
     writes = [storage.write_together(register_all, one) for one in (good[0], bad, good[1])]
     first, failed, last = await asyncio.gather(*writes, return_exceptions=True)
     assert isinstance(first, str) and isinstance(last, str) and isinstance(failed, Invalid)
-    assert await storage.read(count, db) == 12
+    assert await storage.read(count) == 12
 
 
 @only_sqlite
 async def test_every_pooled_connection_is_durable_and_checked(db: Database, storage: Storage) -> None:
-    def pragmas() -> dict[str, Any]:
+    def pragmas(db: Database) -> dict[str, Any]:
         names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
         return {name: db.execute_sql(f"PRAGMA {name}").fetchone()[0] for name in names}
 
@@ -291,13 +293,12 @@ def end_connections(place: Place) -> None:
 
 @only_postgres
 async def test_connections_that_the_server_ended_are_replaced(place: Place, db: Database, storage: Storage) -> None:
-    manager = WebhookManager(db=db)
     for number in range(3):
-        await asyncio.gather(*(storage.read(count, db) for _ in range(8)))
+        await asyncio.gather(*(storage.read(count) for _ in range(8)))
         await asyncio.to_thread(end_connections, place)
-        assert await storage.write(manager.register, "http://example.com/", ["a"], SECRET)
+        assert await storage.write(webhooks.register, Registration("http://example.com/", ["a"], SECRET))
         await asyncio.to_thread(end_connections, place)
-        assert await storage.read(count, db) == number + 1
+        assert await storage.read(count) == number + 1
 
 
 @only_postgres
@@ -306,7 +307,7 @@ async def test_a_write_whose_connection_is_lost_half_way_is_made_again(
 ) -> None:
     manager, tries = WebhookManager(db=db), list[str]()
 
-    def register() -> None:
+    def register(db: Database) -> None:
         tries.append(manager.register("http://example.com/", ["a"], SECRET))
         if len(tries) == 1:
             end_connections(place)
@@ -314,21 +315,21 @@ async def test_a_write_whose_connection_is_lost_half_way_is_made_again(
 
     await storage.write(register)
     assert len(tries) == 2
-    assert await storage.read(count, db) == 1
+    assert await storage.read(count) == 1
 
 
 @only_postgres
 async def test_a_commit_that_is_lost_is_not_made_again(place: Place, db: Database, storage: Storage) -> None:
     manager, tries = WebhookManager(db=db), list[str]()
 
-    def register() -> None:
+    def register(db: Database) -> None:
         tries.append(manager.register("http://example.com/", ["a"], SECRET))
         end_connections(place)
 
     with pytest.raises(Unavailable, match="may have been stored, or not"):
         await storage.write(register)
     assert len(tries) == 1
-    assert await storage.read(count, db) == 0
+    assert await storage.read(count) == 0
 
 
 @only_postgres
@@ -338,7 +339,7 @@ async def test_two_writes_that_wait_for_each_other_both_succeed(db: Database, st
     both = threading.Barrier(2)
     tries = list[str]()
 
-    def rename(first: str, second: str) -> None:
+    def rename(db: Database, first: str, second: str) -> None:
         manager.update(first, {"description": "x"})
         tries.append(first)
         if len(tries) <= 2:
@@ -358,7 +359,7 @@ async def test_an_event_published_while_its_webhook_is_being_deleted_is_stored_w
     other = open_database(place.url)
     with other.connection_context(), other.atomic():
         other.execute_sql("DELETE FROM webhooks WHERE webhook_id = %s", (webhook_id,))
-        publishing = asyncio.ensure_future(storage.write(manager.send_event, "a", {}))
+        publishing = asyncio.ensure_future(storage.write(events.publish_one, NewEvent("a", {})))
         await asyncio.to_thread(wait_for_a_waiter, place.url)
         assert not publishing.done()
     assert (await publishing).deliveries == 0
@@ -373,8 +374,8 @@ async def test_a_process_has_no_more_connections_than_its_pool(place: Place) -> 
     connections = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
     most = max(
         await asyncio.gather(
-            *(storage.read(lambda: db.execute_sql(f"{connections}").fetchone()[0]) for _ in range(50)),
-            *(storage.write(lambda: db.execute_sql(f"{connections}").fetchone()[0]) for _ in range(50)),
+            *(storage.read(lambda db: db.execute_sql(f"{connections}").fetchone()[0]) for _ in range(50)),
+            *(storage.write(lambda db: db.execute_sql(f"{connections}").fetchone()[0]) for _ in range(50)),
         )
     )
     await storage.stop()

@@ -111,7 +111,7 @@ async def test_a_request_that_was_under_way_when_its_delivery_was_cancelled_is_i
 
 
 def claimed(db: Database) -> Job:
-    (job,) = write_now(db, claiming.claim, db, RULES, 10, {}, [])
+    (job,) = write_now(db, claiming.claim, RULES, 10, {}, [])
     assert isinstance(job, Job)
     return job
 
@@ -125,7 +125,7 @@ def result_of(job: Job, status_code: int) -> Settled:
 
 
 def settle(db: Database, *settled: Settled) -> Outcomes:
-    return write_now(db, settling.settle, db, settled, NOBODY)
+    return write_now(db, settling.settle, settled, NOBODY)
 
 
 def codes(row: Row) -> list[tuple[int, int]]:
@@ -143,7 +143,7 @@ def test_why_a_delivery_was_cancelled_leaves_what_its_last_attempt_met(
     manager.send_event("goal", {})
     settle(db, result_of(claimed(db), 503))
     manager.update(webhook_id, {"enabled": False})
-    write_now(db, claiming.claim, db, RULES, 10, {}, [])  # who comes by cancels what waits
+    write_now(db, claiming.claim, RULES, 10, {}, [])  # who comes by cancels what waits
     found = the_one(db)
     assert (found["status"], found["reason"], codes(found)) == ("cancelled", "the webhook was disabled", [(1, 503)])
     assert found["attempt_log"][0]["error"] == "answered 503"

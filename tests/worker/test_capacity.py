@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from ipaddress import ip_network
 from typing import Any
 
@@ -103,12 +102,11 @@ async def all_done(worker: Worker, gate: Gate, receiver: Receiver, count: int) -
 async def test_after_a_write_that_fails_no_more_are_in_flight_than_allowed(
     db: Database, webhooks: list[str], gate: Gate, receiver: Receiver
 ) -> None:
-    def fail() -> None:
+    def fail(db: Database) -> None:
         raise ZeroDivisionError
 
     async with working(db) as (worker, storage):
-        publish = partial(events.publish_one, db)
-        writes: list[Any] = [storage.write(publish, NewEvent("goal", {"n": number})) for number in range(40)]
+        writes: list[Any] = [storage.write(events.publish_one, NewEvent("goal", {"n": number})) for number in range(40)]
         answers = await asyncio.gather(*writes[:20], storage.write(fail), *writes[20:], return_exceptions=True)
         assert [type(one) for one in answers if isinstance(one, Exception)] == [ZeroDivisionError]
         await asyncio.to_thread(gate.wait_for, RULES.concurrency)
@@ -197,8 +195,7 @@ async def test_one_webhook_never_has_more_than_its_share(
 
     async with working(db) as (worker, storage):
         threads = [asyncio.to_thread(application, number) for number in range(3)]
-        publish_all = partial(events.publish_all, db)
-        written = [storage.write_together(publish_all, NewEvent("goal", {"n": number})) for number in range(20)]
+        written = [storage.write_together(events.publish_all, NewEvent("goal", {"n": number})) for number in range(20)]
         await asyncio.gather(*threads, *written)
         await asyncio.to_thread(gate.wait_for, RULES.share)
         await all_done(worker, gate, receiver, 100)

@@ -47,7 +47,7 @@ def webhook_id(manager: WebhookManager, at: Any) -> str:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, db, Rules(), 100, {}, [])
+    return write_now(db, claiming.claim, Rules(), 100, {}, [])
 
 
 def publish(db: Database, count: int = 1) -> None:
@@ -61,7 +61,7 @@ def fail(db: Database, wait: float = 5, retry_after: float | None = None) -> Non
         result = Result(clock.now(), 5, 503, None, "said", retry_after)
         decided = policy.settle(result, attempts=1, failures=0, schedule=(wait,), now=clock.now(), spread=1)
         results.append(Settled(job, result, decided))
-    write_now(db, settling.settle, db, results, LONG_AGO)
+    write_now(db, settling.settle, results, LONG_AGO)
 
 
 def look(db: Database, rules: Rules | None = None) -> int:
@@ -70,7 +70,7 @@ def look(db: Database, rules: Rules | None = None) -> int:
     following: str | None = after
     while following is not None:
         found, resting, following = clock_jumps.misdated(db, chosen, following)
-        changed += write_now(db, clock_jumps.bring_forward, db, chosen, found, resting)
+        changed += write_now(db, clock_jumps.bring_forward, chosen, found, resting)
     return changed
 
 
