@@ -15,7 +15,7 @@ from hookline import clock, lanes
 from hookline.errors import Conflict, NotFound
 from hookline.store import sql
 from hookline.store.units import connected, transaction
-from models import IN_ORDER, Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
+from hookline.tables import IN_ORDER, Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
 
 COLUMNS = [
     Delivery.delivery_id,

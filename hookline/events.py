@@ -20,15 +20,14 @@ from weakref import WeakKeyDictionary
 from peewee import Database
 from uuid_utils import uuid7
 
-import models
-from hookline import clock, lanes
+from hookline import clock, lanes, tables
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
 from hookline.lanes import Outlet, Slots, Wake
 from hookline.registration import text_problem
 from hookline.store import sql
 from hookline.store.open import adopt
 from hookline.store.units import in_unit, transaction
-from models import IN_ORDER, read_time, stored_time
+from hookline.tables import IN_ORDER, read_time, stored_time
 
 log = logging.getLogger("hookline")
 
@@ -96,10 +95,10 @@ def publish(event_type: str, data: Mapping[str, Any], idempotency_key: str | Non
     Inside the caller's own `with db.atomic():` the event commits or vanishes with the caller's rows. Raises Invalid,
     TooLarge, Conflict (the key was used with other content), Unavailable.
     """
-    if models.db.obj is None:
-        raise Invalid("no database is bound: make a WebhookManager first, or call models.db.initialize(database)")
-    adopt(models.db.obj)
-    return publish_one(models.db.obj, NewEvent(event_type, data, idempotency_key))
+    if tables.db.obj is None:
+        raise Invalid("no database is bound: make a WebhookManager first, or call tables.db.initialize(database)")
+    adopt(tables.db.obj)
+    return publish_one(tables.db.obj, NewEvent(event_type, data, idempotency_key))
 
 
 def publish_one(db: Database, new: NewEvent) -> Published:

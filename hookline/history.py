@@ -11,7 +11,7 @@ from peewee import Database, Tuple, fn
 from hookline import events
 from hookline.errors import NotFound
 from hookline.store.units import connected
-from models import Delivery, Event, Status, Webhook, stored_time
+from hookline.tables import Delivery, Event, Status, Webhook, stored_time
 
 Row = dict[str, Any]
 

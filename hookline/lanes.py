@@ -18,7 +18,7 @@ from hookline import clock, policy
 from hookline.store import forks, locks, notices, sql
 from hookline.store.failures import reason
 from hookline.store.units import in_unit, transaction
-from models import IN_ORDER, read_time, stored_time
+from hookline.tables import IN_ORDER, read_time, stored_time
 
 log = logging.getLogger("hookline")
 

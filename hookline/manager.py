@@ -10,8 +10,7 @@ from typing import Any
 
 from peewee import Database
 
-import models
-from hookline import events, legacy, webhooks
+from hookline import events, legacy, tables, webhooks
 from hookline.egress import Client
 from hookline.errors import NotFound
 from hookline.events import NewEvent, Published
@@ -45,8 +44,8 @@ class WebhookManager:
         self._owns_database = db is None
         self.db = db if db is not None else open_database(url_of(db_path), create=True)
         if self._owns_database:
-            if models.db.obj is None:
-                models.db.initialize(self.db)
+            if tables.db.obj is None:
+                tables.db.initialize(self.db)
             schema.up(self.db)
         else:
             adopt(self.db)

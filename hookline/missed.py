@@ -15,7 +15,7 @@ from peewee import Database
 from hookline import clock, events
 from hookline.errors import NotFound
 from hookline.store import sql
-from models import Status, Webhook, read_time, stored_time
+from hookline.tables import Status, Webhook, read_time, stored_time
 
 WINDOW = 500  # events looked at in one go
 MOST_COUNTED = 10_000  # deliveries

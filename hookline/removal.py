@@ -14,7 +14,7 @@ from hookline import clock
 from hookline.store import locks, sql
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
-from models import stored_time
+from hookline.tables import stored_time
 
 BATCH = 500  # deliveries deleted in one unit of work
 REASON = "it is being deleted"

@@ -23,7 +23,7 @@ from hookline.missed import WANTED, Position, Window, look, webhook_of
 from hookline.store import locks, sql
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
-from models import IN_ORDER, Replay, read_time, stored_time
+from hookline.tables import IN_ORDER, Replay, read_time, stored_time
 
 log = logging.getLogger("hookline")
 

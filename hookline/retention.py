@@ -22,7 +22,7 @@ from hookline.errors import Unavailable
 from hookline.store import locks, sql
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
-from models import read_time, stored_time
+from hookline.tables import read_time, stored_time
 
 log = logging.getLogger("hookline")
 

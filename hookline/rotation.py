@@ -19,7 +19,7 @@ from hookline.store import locks, sql
 from hookline.store.pool import is_postgres
 from hookline.store.storage import Storage
 from hookline.store.units import connected
-from models import read_time, stored_time
+from hookline.tables import read_time, stored_time
 
 MAX_KEPT = 10  # secrets that sign beside the current one
 WEBHOOKS = 500  # erased from in one unit of work

@@ -22,7 +22,7 @@ from hookline.events import NewEvent, Published
 from hookline.registration import MASK, MIN_SECRET, Registration, check, check_changes, check_rotation
 from hookline.store import locks, sql
 from hookline.store.units import connected, transaction
-from models import Subscription, Webhook, read_time, stored_time
+from hookline.tables import Subscription, Webhook, read_time, stored_time
 
 log = logging.getLogger("hookline")
 

@@ -15,7 +15,7 @@ from peewee import Database
 from playhouse.migrations import Runner
 from playhouse.schema_diff import diff_models
 
-import models
+from hookline import tables
 from hookline.errors import Conflict, HooklineError, Invalid, Unavailable
 from hookline.store.failures import LOCKED, error_name, reason
 from hookline.store.locks import alone
@@ -79,7 +79,7 @@ def create(db: Database, name: str, directory: Path = DIRECTORY) -> Path:
 def diff(db: Database) -> str:
     """What the database lacks or has too much against the models; '' when they agree."""
     with connected(db):
-        found = diff_models(db, models.TABLES)
+        found = diff_models(db, tables.TABLES)
     return str(found) if found else ""
 
 

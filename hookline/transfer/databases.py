@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 from peewee import BooleanField, Database, DatabaseError, IntegrityError, Model
 
-import models
+from hookline import tables
 from hookline.errors import Conflict, Invalid, Unavailable
 from hookline.store import schema
 from hookline.store.failures import SENTENCES, error_name, in_peewees_words, is_lost, reason, sentence_for
 from hookline.store.locks import alone
 from hookline.store.pool import is_postgres
 from hookline.store.units import connected
-from models import UtcField, read_time, stored_time
+from hookline.tables import UtcField, read_time, stored_time
 
 ADVISORY_LOCK = 0x686F6F6B636F7079  # "hookcopy", on PostgreSQL
 BATCH = 2000  # rows in one transaction
@@ -93,7 +93,7 @@ class Table(NamedTuple):
 
 
 # What others point at comes first. Who delivers from the source does not deliver from the target.
-TABLES = [Table.of(model) for model in models.TABLES if model is not models.Worker]
+TABLES = [Table.of(model) for model in tables.TABLES if model is not tables.Worker]
 
 
 def plan(source: Database, target: Database | None, overwrite: bool = False) -> tuple[dict[str, int], str]:

@@ -19,7 +19,7 @@ from peewee import Database
 
 from hookline import lanes
 from hookline.store import locks, sql
-from models import read_time, stored_time
+from hookline.tables import read_time, stored_time
 
 MERGED = ("url", "events", "secret", "team", "created_at", "enabled")
 COUNTERS = ("total_calls", "failed_calls", "last_success", "last_failure")

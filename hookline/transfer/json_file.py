@@ -28,9 +28,9 @@ from hookline.store.files import back_up, replace_file
 from hookline.store.locks import alone
 from hookline.store.pool import is_postgres
 from hookline.store.units import connected, transaction
+from hookline.tables import read_time, stored_time
 from hookline.transfer import imports
 from hookline.transfer.imports import BATCH, Progress, Row
-from models import read_time, stored_time
 
 FIELDS = "url events secret team created_at total_calls failed_calls last_success last_failure enabled".split()  # noqa: SIM905
 FIELD_SET = frozenset(FIELDS)

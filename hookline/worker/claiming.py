@@ -17,8 +17,8 @@ from hookline import clock, lanes, policy
 from hookline.policy import Rules
 from hookline.store import locks, sql
 from hookline.store.pool import is_postgres
+from hookline.tables import IN_ORDER, read_time, stored_time
 from hookline.worker.jobs import Job
-from models import IN_ORDER, read_time, stored_time
 
 LANES_AT_ONCE = 100
 CANCELLED_AT_ONCE = 1000

@@ -15,8 +15,8 @@ from hookline.store import locks, sql
 from hookline.store.pool import is_postgres
 from hookline.store.storage import Storage
 from hookline.store.units import connected
+from hookline.tables import read_time, stored_time
 from hookline.worker import sweeper
-from models import read_time, stored_time
 
 log = logging.getLogger("hookline")
 

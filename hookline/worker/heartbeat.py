@@ -15,7 +15,7 @@ from hookline import clock
 from hookline.errors import Unavailable
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
-from models import Worker
+from hookline.tables import Worker
 
 log = logging.getLogger("hookline")
 

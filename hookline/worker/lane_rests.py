@@ -15,7 +15,7 @@ from peewee import Database
 
 from hookline import clock
 from hookline.store import sql
-from models import IN_ORDER, read_time, stored_time
+from hookline.tables import IN_ORDER, read_time, stored_time
 
 if TYPE_CHECKING:
     from hookline.worker.jobs import Job, Settled

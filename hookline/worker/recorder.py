@@ -14,11 +14,11 @@ from hookline.errors import Unavailable
 from hookline.policy import Result, Rules
 from hookline.store.failures import LOCKED, error_name
 from hookline.store.storage import Storage
+from hookline.tables import stored_time
 from hookline.worker import settling
 from hookline.worker.capacity import Capacity
 from hookline.worker.jobs import Job, Settled
 from hookline.worker.reports import Reports
-from models import stored_time
 
 log = logging.getLogger("hookline")
 

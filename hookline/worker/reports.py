@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from hookline.tables import stored_time
 from hookline.webhooks import log_disabled
-from models import stored_time
 
 if TYPE_CHECKING:
     from hookline.worker.jobs import Settled

@@ -12,9 +12,9 @@ from peewee import Database
 from hookline import clock, events, lanes
 from hookline.policy import Outcome
 from hookline.store import locks, sql
+from hookline.tables import IN_ORDER, stored_time
 from hookline.worker import attempt_log, lane_rests
 from hookline.worker.jobs import Settled
-from models import IN_ORDER, stored_time
 
 DISABLED_EVENT = f"{events.OWN}webhook.disabled"
 

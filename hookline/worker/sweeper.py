@@ -13,7 +13,7 @@ from peewee import Database
 from hookline import clock
 from hookline.store import sql
 from hookline.store.units import connected
-from models import stored_time
+from hookline.tables import stored_time
 
 log = logging.getLogger("hookline")
 
