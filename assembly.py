@@ -9,7 +9,7 @@ from peewee import Database
 
 import models
 import settings
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.logs import OneLine
 from hookline.policy import Rules
 from hookline.store import schema

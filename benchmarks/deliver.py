@@ -28,7 +28,7 @@ from benchmarks import server
 from benchmarks.delivering import DATA
 from benchmarks.report import Figure
 from hookline import WebhookManager, events, webhooks
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.events import NewEvent
 from hookline.policy import Rules
 from hookline.store.open import open_database, storage_of

@@ -19,7 +19,7 @@ from peewee import Database
 import models
 from assembly import quiet_gc
 from hookline import WebhookManager, events
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.events import NewEvent
 from hookline.policy import Rules
 from hookline.store.open import open_database, storage_of

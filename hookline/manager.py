@@ -11,7 +11,7 @@ from typing import Any
 from peewee import Database
 
 from hookline import events, legacy, tables, webhooks
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.errors import NotFound
 from hookline.events import NewEvent, Published
 from hookline.policy import Rules

@@ -6,8 +6,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 
-from hookline.addresses import BAD_PORTS, is_public, with_embedded
-from hookline.egress import literal_refusal, port_refusal, refusal
+from hookline.egress.addresses import BAD_PORTS, is_public, with_embedded
+from hookline.egress.guard import literal_refusal, port_refusal, refusal
 
 REFUSED = """
     0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24

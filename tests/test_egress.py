@@ -16,13 +16,14 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
-import aiohttp
 import pytest
-from aiohttp.abc import AbstractResolver, ResolveResult
 
-from hookline import egress
-from hookline.egress import KEPT, NAME_REFUSED, Attempt, Client, literal_refusal, refusal, retry_after
+from hookline.egress.client import Client, connect_reason, retry_after
+from hookline.egress.connection import KEPT, LONG_HEAD, MANY_HEADERS, MANY_INTERIM, SWITCHING
+from hookline.egress.guard import NAME_REFUSED, literal_refusal, refusal
+from hookline.egress.names import Names
 from hookline.policy import Result
 from tests.databases import free_port
 
@@ -245,7 +246,7 @@ def test_an_ordinary_host_name_gets_no_opinion_before_it_is_looked_up(url: str) 
     ],
 )
 def test_retry_after_is_seconds_or_a_date_and_all_else_is_nothing(text: str | None, expected: float | None) -> None:
-    assert retry_after(text, NOW) == expected
+    assert retry_after(None if text is None else text.encode(), NOW) == expected
 
 
 # The client, against real servers
@@ -429,13 +430,38 @@ async def test_a_server_that_never_answers_tls_is_timed_out() -> None:
         b"SSH-2.0-OpenSSH_9.6\r\n",
         b"HTTP/9.9 banana\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: minus\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
     ],
 )
 async def test_what_is_not_http_is_said_to_be_not_http(garbage: bytes) -> None:
     async with serving(answering(garbage)) as port:
         result = await post(port)
     assert (result.status_code, result.error) == (None, "the answer is not HTTP")
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n", LONG_HEAD),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000, LONG_HEAD),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 201 + b"\r\n", MANY_HEADERS),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 9 + http("200 OK"), MANY_INTERIM),
+        ((b"HTTP/1.1 103 Early Hints\r\nX: " + b"x" * 9000 + b"\r\n\r\n") * 8 + http("200 OK"), LONG_HEAD),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", SWITCHING),
+        (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", SWITCHING),
+        (http("999 No"), "answered 999, which is not a status of HTTP"),
+        (http("099 No"), "answered 099, which is not a status of HTTP"),
+    ],
+)
+async def test_an_answer_beyond_the_limits_is_refused_by_name(answer: bytes, error: str) -> None:
+    async with serving(answering(answer)) as port:
+        result = await post(port)
+    assert (result.status_code, result.error) == (None, error)
+
+
+async def test_up_to_eight_interim_answers_are_passed_over() -> None:
+    async with serving(answering(b"HTTP/1.1 103 Early Hints\r\nRetry-After: 9\r\n\r\n" * 8 + http("503 No"))) as port:
+        result = await post(port)
+    assert (result.status_code, result.retry_after) == (503, None)
 
 
 async def test_a_cut_off_answer_is_a_failure() -> None:
@@ -515,43 +541,21 @@ async def test_a_server_that_does_not_speak_tls_fails() -> None:
 # Names
 
 
-class Answers(AbstractResolver):
-    """Resolves any name: to the next answer at each look-up."""
+class Answers:
+    """A `getaddrinfo` that resolves any name: to the next answer at each look-up."""
 
     def __init__(self, *answers: list[str] | OSError) -> None:
         self.answers = list(answers)
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
+    def __call__(self, host: str, port: None, **options: Any) -> list[Any]:
         answer = self.answers.pop(0)
         if isinstance(answer, OSError):
             raise answer
-        return [
-            ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=0,
-                flags=socket.AI_NUMERICHOST,
-            )
-            for address in answer
-        ]
-
-    async def close(self) -> None:
-        pass
+        return [socket.getaddrinfo(address, port, **options)[0] for address in answer]
 
 
 def resolving(*answers: list[str] | OSError, allowed: str = "127.0.0.1/32") -> Client:
-    return Client(allowed=[ip_network(allowed)], timeout=TIMEOUT, resolver=Answers(*answers))
-
-
-def forget_names(client: Client) -> None:
-    """As if the ten seconds for which an answer is kept had passed."""
-    connector = client._session.connector
-    assert isinstance(connector, aiohttp.TCPConnector)
-    connector.clear_dns_cache()
+    return Client(allowed=[ip_network(allowed)], timeout=TIMEOUT, names=Names(Answers(*answers)))
 
 
 @pytest.mark.parametrize("error", [OSError("no such name"), socket.gaierror(socket.EAI_NONAME, "unknown")])
@@ -569,7 +573,7 @@ async def test_a_name_that_moves_inside_is_refused_at_the_next_attempt(second: s
         started(resolving(["127.0.0.1"], [second])) as client,
     ):
         assert (await client.post(f"http://rebound.test:{port}/", BODY, {})).status_code == 200
-        forget_names(client)
+        client.names.forget()
         result = await client.post(f"http://rebound.test:{port}/", BODY, {})
     assert (result.status_code, result.error) == (None, NAME_REFUSED)
     assert len(requests) == 1
@@ -649,8 +653,5 @@ async def test_a_header_that_cannot_be_sent_is_recorded_and_raises_nothing(heade
     assert requests == []
 
 
-def test_an_unknown_fault_is_recorded_by_its_kind_alone() -> None:
-    client = Client()
-    fault, attempt = RuntimeError("http://user:hush@example.com"), Attempt("http://user:hush@example.com")
-    assert client._sentence_for(fault, attempt) == "the request failed: RuntimeError"
-    assert egress.connect_reason(OSError(113, "No route to host")) == "cannot connect: No route to host"
+def test_a_failure_to_connect_is_told_in_the_systems_words() -> None:
+    assert connect_reason(OSError(113, "No route to host")) == "cannot connect: No route to host"

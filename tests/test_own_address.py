@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from hookline.egress import OWN_REFUSED
+from hookline.egress.guard import OWN_REFUSED
 from tests.conftest import ROOT, Server, environment, manage, only_sqlite
 from tests.databases import Place
 

@@ -11,7 +11,7 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, rotation, signing
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.errors import Conflict
 from hookline.policy import Rules
 from hookline.store.open import storage_of

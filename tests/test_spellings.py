@@ -15,9 +15,10 @@ from ipaddress import ip_network
 from typing import Any
 
 import pytest
-from aiohttp.abc import AbstractResolver, ResolveResult
 
-from hookline.egress import NAME_REFUSED, OWN_REFUSED, Client, leads_here
+from hookline.egress.client import Client
+from hookline.egress.guard import NAME_REFUSED, OWN_REFUSED, leads_here
+from hookline.egress.names import Names
 from hookline.policy import Result
 from tests.conftest import DATA
 
@@ -82,29 +83,18 @@ def recorded_connects() -> Iterator[list[Any]]:
         connects = None
 
 
-class LeadsInside(AbstractResolver):
+def leads_inside(*addresses: str) -> Names:
     """A DNS server in an attacker's hands: any name is an address of ours."""
 
-    def __init__(self, *addresses: str) -> None:
-        self.addresses = addresses
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
+    def getaddrinfo(host: str, port: None, type: int) -> list[Any]:
         return [
-            ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=0,
-                flags=socket.AI_NUMERICHOST,
-            )
-            for address in self.addresses
+            (socket.AF_INET6, type, 0, "", (address, 0, 0, 0))
+            if ":" in address
+            else (socket.AF_INET, type, 0, "", (address, 0))
+            for address in addresses
         ]
 
-    async def close(self) -> None:
-        pass
+    return Names(getaddrinfo)
 
 
 @asynccontextmanager
@@ -149,7 +139,7 @@ def test_there_are_more_than_260_spellings() -> None:
 async def test_no_spelling_of_an_address_inside_connects(group: str, scheme: str) -> None:
     async with (
         listening() as (port, callers),
-        started(Client(timeout=5, resolver=LeadsInside("127.0.0.1", "::1"))) as client,
+        started(Client(timeout=5, names=leads_inside("127.0.0.1", "::1"))) as client,
     ):
         with recorded_connects() as found:
             results = await outcomes(client, TABLE[group], port, scheme)
@@ -168,7 +158,7 @@ async def test_the_same_client_connects_where_it_is_allowed_to() -> None:
     hosts = ["127.0.0.1", "[::ffff:127.0.0.1]", "0x7f.1", FULL_WIDTH, "rebound.test", "user@127.0.0.1"]
     async with (
         listening() as (port, callers),
-        started(Client(allowed=allowed, timeout=5, resolver=LeadsInside("127.0.0.1"))) as client,
+        started(Client(allowed=allowed, timeout=5, names=leads_inside("127.0.0.1"))) as client,
     ):
         with recorded_connects() as found:
             results = await outcomes(client, hosts, port, "http")
@@ -186,7 +176,7 @@ async def test_what_a_customer_sees_of_a_refused_name_has_no_address(
     beside: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     for address in ADDRESSES:
-        async with started(Client(timeout=5, resolver=LeadsInside(address, *beside))) as client:
+        async with started(Client(timeout=5, names=leads_inside(address, *beside))) as client:
             with recorded_connects() as found:
                 result = await client.post("http://user:hush@db.internal.test/", b"{}", {})
         assert (result.status_code, result.error, found) == (None, NAME_REFUSED, [])
@@ -201,15 +191,15 @@ async def test_a_name_with_a_private_and_a_dead_address_tells_neither() -> None:
     allowed = [ip_network("127.0.0.1/32")]
     async with (
         listening() as (port, _),
-        started(Client(allowed=allowed, timeout=5, resolver=LeadsInside("10.0.0.1", "127.0.0.1"))) as client,
+        started(Client(allowed=allowed, timeout=5, names=leads_inside("10.0.0.1", "127.0.0.1"))) as client,
     ):
         assert (await client.post(f"http://mixed.test:{port}/", b"{}", {})).status_code == 204
-    async with started(Client(allowed=allowed, timeout=5, resolver=LeadsInside("10.0.0.1", "127.0.0.1"))) as client:
+    async with started(Client(allowed=allowed, timeout=5, names=leads_inside("10.0.0.1", "127.0.0.1"))) as client:
         assert (await client.post(f"http://mixed.test:{port}/", b"{}", {})).error == NAME_REFUSED
 
 
 async def test_the_operators_log_has_one_line_a_minute_for_each_host(caplog: pytest.LogCaptureFixture) -> None:
-    async with started(Client(timeout=5, resolver=LeadsInside("10.0.0.7"))) as client:
+    async with started(Client(timeout=5, names=leads_inside("10.0.0.7"))) as client:
         for _ in range(20):
             await client.post("http://one.test/", b"{}", {})
             await client.post("http://two.test/x", b"{}", {})
@@ -224,7 +214,7 @@ async def test_the_operators_log_has_one_line_a_minute_for_each_host(caplog: pyt
 
 async def test_a_bad_port_is_refused_before_anything_connects() -> None:
     blocked = "port 6667 is blocked: to allow it, add the address's network to ALLOWED_NETWORKS"
-    async with started(Client(timeout=5, resolver=LeadsInside("8.8.8.8"))) as client:
+    async with started(Client(timeout=5, names=leads_inside("8.8.8.8"))) as client:
         with recorded_connects() as found:
             assert (await client.post("http://irc.test:6667/", b"{}", {})).error == blocked
             assert (await client.post("http://8.8.8.8:6667/", b"{}", {})).error == blocked
@@ -243,7 +233,7 @@ ITSELF += ["0x7f.1", "[::127.0.0.1]", FULL_WIDTH, "hooks.test", "localhost", "us
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0", "::", "::1", "localhost"])
 async def test_the_client_never_connects_to_the_port_that_its_own_process_listens_on(bound: str) -> None:
     async with listening() as (port, callers), listening() as (another, _):
-        client = Client(allowed=EVERYTHING, timeout=5, own=(bound, port), resolver=LeadsInside("127.0.0.1", "::1"))
+        client = Client(allowed=EVERYTHING, timeout=5, own=(bound, port), names=leads_inside("127.0.0.1", "::1"))
         async with started(client):
             with recorded_connects() as found:
                 results = await outcomes(client, ITSELF, port, "http")

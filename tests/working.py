@@ -8,7 +8,7 @@ from ipaddress import ip_network
 
 from peewee import Database
 
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.policy import Rules
 from hookline.store.open import storage_of
 from hookline.worker.worker import Worker

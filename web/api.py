@@ -15,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from hookline import deliveries, egress, events, history, legacy, missed, removal, replays, webhooks
+from hookline import deliveries, events, history, legacy, missed, removal, replays, webhooks
+from hookline.egress.guard import Network, literal_refusal
 from hookline.errors import NotFound, Unavailable
 from hookline.registration import Registration, generate_secret, host_of
 from hookline.store.storage import Storage
@@ -61,7 +62,7 @@ def warnings(request: Request, url: str, events: Sequence[str]) -> list[str]:
     """Why this webhook will get nothing, as far as that can be told from its registration alone."""
     allowed = services_of(request).allowed_networks
     found = [] if events else ["it will get no events: its list of events is empty"]
-    if refusal := egress.literal_refusal(url, allowed):
+    if refusal := literal_refusal(url, allowed):
         found.append(f"it will not be delivered to: {refusal}")
     elif is_local_name(url) and not any(is_private(network) for network in allowed):
         found.append(
@@ -75,7 +76,7 @@ def is_local_name(url: str) -> bool:
     return host_of(url).rstrip(".").endswith(".local")
 
 
-def is_private(network: egress.Network) -> bool:
+def is_private(network: Network) -> bool:
     return any(network.version == one.version and network.overlaps(one) for one in PRIVATE_NETWORKS)
 
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from starlette.requests import Request
 
-from hookline.egress import Network
+from hookline.egress.guard import Network
 from hookline.store.storage import Storage
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from peewee import Database
 
 from hookline import clock
-from hookline.egress import Network, literal_refusal
+from hookline.egress.guard import Network, literal_refusal
 from hookline.errors import Invalid
 from hookline.registration import MAX_NAME, text_problem, url_shape_problem
 from hookline.store.failures import in_peewees_words

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from peewee import Database
 
 from hookline import clock, lanes, replays, retention, rotation, signing
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.errors import Unavailable
 from hookline.lanes import Wake
 from hookline.policy import Result, Rules

@@ -18,7 +18,7 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, events, history, policy, replays
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.errors import Conflict, Unavailable
 from hookline.events import NewEvent, Published
 from hookline.policy import Result, Rules

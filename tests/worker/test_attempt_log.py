@@ -13,7 +13,7 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, policy
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.policy import Result, Rules
 from hookline.store.postgres import write_now
 from hookline.worker import claiming, settling

@@ -14,7 +14,7 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, deliveries, events, lanes
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.events import NewEvent
 from hookline.lanes import Outlet, Slots
 from hookline.policy import Rules

@@ -11,7 +11,7 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, events, lanes, policy
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.events import NewEvent
 from hookline.lanes import Outlet, Slots
 from hookline.policy import Result, Rules

@@ -11,7 +11,7 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.policy import Rules
 from hookline.store import sql
 from hookline.store.open import open_database, storage_of

@@ -14,7 +14,7 @@ from peewee import Database
 from standardwebhooks import Webhook as Oracle
 
 from hookline import WebhookManager, clock, deliveries, events, lanes, replays, signing
-from hookline.egress import Client
+from hookline.egress.client import Client
 from hookline.events import NewEvent
 from hookline.lanes import Outlet
 from hookline.policy import Rules
