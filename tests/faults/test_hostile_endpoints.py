@@ -178,7 +178,7 @@ def memory(server: Server, field: str) -> int:
         (garbage, "not HTTP"),
         (flood, "answered 500"),
         (flood_of_unknown_length, "answered 500"),
-        (flood_of_headers, "not HTTP"),
+        (flood_of_headers, "more than 200 headers"),
         (close, "closed the connection without an answer"),
         (cut_off, "cut off"),
         (redirect, "answered 302: redirects are not followed"),
