@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
-from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpResponseParser
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 KEPT = 1024  # bytes of an answer's body
 MAX_HEAD = 64 * 1024  # bytes of all heads of an answer, interim ones included
@@ -97,17 +97,14 @@ class Connection(asyncio.Protocol):
             self._received += len(data)
         try:
             self._parser.feed_data(data)
-        except HttpParserCallbackError:
-            self._end(self._problem)
-            return
         except HttpParserUpgrade:
             self._end(SWITCHING)
             return
-        except HttpParserError:
-            if not self._whole:  # else it is only what comes behind the answer
-                self._end(NOT_HTTP)
-                return
-            self._finish(reusable=False)
+        except HttpParserError:  # also of our callbacks
+            if self._whole:  # it is only what comes behind the answer
+                self._finish(reusable=False)
+            else:
+                self._end(self._problem or NOT_HTTP)
             return
         if self._whole:
             self._finish(reusable=self._reusable)
@@ -132,7 +129,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self._whole:
-            self._refuse(NOT_HTTP)  # a second answer
+            self._refuse(NOT_HTTP)  # a second answer: it ends the parsing, and the first one counts
         if self._interim > MAX_INTERIM:
             self._refuse(MANY_INTERIM)
 
@@ -146,7 +143,7 @@ class Connection(asyncio.Protocol):
         name = name.lower()
         if name == b"retry-after":
             self._retry_after = value
-        elif name in (b"content-length", b"transfer-encoding"):
+        elif name == b"content-length" or (name == b"transfer-encoding" and b"chunked" in value.lower()):
             self._has_length = True
 
     def on_headers_complete(self) -> None:
