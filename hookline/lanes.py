@@ -184,7 +184,7 @@ def _bring_forward(db: Database, webhook_id: str) -> None:
 def _open(db: Database, webhook_id: str, wanted: Callable[[datetime, int, datetime], tuple[datetime, int]]) -> None:
     """Open a lane at the time, and with the failures, that `wanted` makes of when it opens, its failures and now."""
     now = clock.now()
-    look = f"SELECT open_at, failures FROM lanes WHERE webhook_id = {db.param}{locks.locked(db, 'lanes')}"
+    look = f"SELECT open_at, failures FROM lanes WHERE webhook_id = {db.param}{locks.for_update(db, 'lanes')}"
     lane = db.execute_sql(look, (webhook_id,)).fetchone()
     made = f"SELECT 1 FROM lanes WHERE webhook_id = {db.param} AND EXISTS {MADE_IN_ORDER}"
     if lane is None or db.execute_sql(made, (webhook_id,)).fetchone():  # which looks again, once we hold the lane
