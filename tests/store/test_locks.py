@@ -274,15 +274,15 @@ async def test_a_socket_that_takes_the_number_of_a_lost_connections_is_left_alon
     notices.listen(heard.set)
     await asyncio.wait_for(heard.wait(), 20)
     heard.clear()
-    number, lost = notices._socket, notices._lost.set
+    number, set_event = notices._socket, notices._disconnected.set
     ours, theirs = socket.socketpair()
 
     def opened_in_the_same_turn() -> None:
         os.dup2(ours.fileno(), number)
         loop.add_reader(number, read.set)
-        lost()
+        set_event()
 
-    notices._lost.set = opened_in_the_same_turn  # type: ignore[method-assign]
+    notices._disconnected.set = opened_in_the_same_turn  # type: ignore[method-assign]
     others = "datname = current_database() AND pid <> pg_backend_pid()"
     await asyncio.to_thread(
         execute, place.url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"
