@@ -82,8 +82,8 @@ class Worker:
         lanes.attach(self.db, outlet)
         self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
-        purging = retention.keep(self.storage, self.rules.retention)
-        beside = (purging, replays.keep(self.storage), heartbeat.keep(self.storage))
+        purging = retention.purge_forever(self.storage, self.rules.retention)
+        beside = (purging, replays.carry_out(self.storage), heartbeat.keep(self.storage))
         self._beside = [self._loop.create_task(one) for one in beside]
 
     async def stop(self, grace: float = 5) -> None:
