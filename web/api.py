@@ -85,7 +85,7 @@ async def list_all(request: Request) -> Response:
 
 async def delete(request: Request) -> Response:
     storage, webhook_id = storage_of(request), request.path_params["webhook_id"]
-    await removal.clear_beside(storage, webhook_id)
+    await removal.delete_deliveries_beside(storage, webhook_id)
     found = await storage.write(webhooks.unregister, webhook_id)
     if not found:
         return Json({"detail": "Webhook not found"}, 404)

@@ -14,7 +14,7 @@ from pydantic import (
 from pydantic_core import from_json
 from starlette.datastructures import QueryParams
 
-from hookline.events import MAX_DEPTH, TOO_DEEP, has_lone_surrogate, is_too_deep
+from hookline.payloads import MAX_DEPTH, TOO_DEEP, has_lone_surrogate, is_too_deep
 from hookline.registration import MASK
 
 SECRET_NAMES = ("secret", "headers")  # what a 422 must not echo
