@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from hookline.errors import Conflict, HooklineError, Invalid, NotFound, TooLarge, Unavailable
-from web.parsing import Refused
+from web.parsing import Unprocessable
 from web.protocol import ANSWER_HEADERS
 
 log = logging.getLogger("hookline")
@@ -27,8 +27,8 @@ async def domain_error(request: Request, exc: Exception) -> Response:
     )
 
 
-async def refused(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, Refused)
+async def unprocessable(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, Unprocessable)
     return JSONResponse({"detail": exc.detail}, 422)
 
 
@@ -48,7 +48,7 @@ async def gone(request: Request, exc: Exception) -> None:
 
 exception_handlers: Mapping[Any, Any] = {
     **dict.fromkeys(STATUSES, domain_error),
-    Refused: refused,
+    Unprocessable: unprocessable,
     HTTPException: http_error,
     ClientDisconnect: gone,
     Exception: unexpected,
