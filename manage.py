@@ -258,6 +258,7 @@ def worker() -> None:
     from assembly import (  # only here: the web server is not needed otherwise
         database_of,
         quiet_gc,
+        running,
         start_logging,
         worker_of,
     )
@@ -271,14 +272,10 @@ def worker() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         storage = storage_of(db, config.database_pool)
-        delivering = worker_of(config, storage)
-        await storage.start()
-        await delivering.start()
-        quiet_gc()
-        click.echo("Hookline delivers")
-        await stopped.wait()
-        await delivering.stop()
-        await storage.stop()
+        async with running(storage, worker_of(config, storage)):
+            quiet_gc()
+            click.echo("Hookline delivers")
+            await stopped.wait()
 
     asyncio.run(work())
 

@@ -20,9 +20,10 @@ from typing import Any
 from peewee import Database
 
 from hookline import clock
-from hookline.egress import Network, literal_refusal
+from hookline.egress import Network
 from hookline.errors import Invalid
 from hookline.registration import MAX_NAME, text_problem, url_shape_problem
+from hookline.registration_warnings import url_warning
 from hookline.store.failures import in_peewees_words
 from hookline.store.files import back_up, replace_file
 from hookline.store.locks import exclusive
@@ -122,15 +123,15 @@ def tell(plan: imports.Plan, overwrite: bool, report: Report) -> None:
 
 
 def refusals(rows: Iterable[Row], allowed: Sequence[Network]) -> list[str]:
-    """What the egress guard will say, asked once for each host."""
+    """Return a warning for each URL that nothing will be delivered to, looked for once for each host."""
     answers: dict[str, str | None] = {}
     warnings = []
     for row in rows:
         host = row["url"].split("/", 3)[2]
         if host not in answers:
-            answers[host] = literal_refusal(row["url"], allowed)
+            answers[host] = url_warning(row["url"], allowed)
         if answers[host]:
-            warnings.append(f"{row['webhook_id']}: it will not be delivered to: {answers[host]}")
+            warnings.append(f"{row['webhook_id']}: {answers[host]}")
     return warnings
 
 
