@@ -93,7 +93,7 @@ class Table(NamedTuple):
 
 
 # What others point at comes first. Who delivers from the source does not deliver from the target.
-TABLES = [Table.of(model) for model in tables.TABLES if model is not tables.Worker]
+TABLES = [Table.of(model) for model in tables.TABLES if model is not tables.Heartbeat]
 
 
 def plan(source: Database, target: Database | None, overwrite: bool = False) -> tuple[dict[str, int], str]:
