@@ -433,7 +433,7 @@ def test_wrong_urls_are_one_line_without_the_password(tmp_path: Path) -> None:
 
 def test_every_table_is_copied() -> None:
     assert {table.name for table in rows.TABLES} == {
-        str(model._meta.table_name) for model in models.TABLES if model is not models.Worker
+        str(model._meta.table_name) for model in models.TABLES if model is not models.Heartbeat
     }
 
 
