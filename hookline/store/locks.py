@@ -6,21 +6,22 @@ webhooks, deliveries, lanes, events.
     who                                   locks, in this order
     ------------------------------------  ------------------------------------------------------------------------
     settling.settle                       webhooks, deliveries, lanes; then what publishing locks, if it disables one
-    webhooks.change (update)              webhook, its deliveries (skips locked ones), its lane
+    webhooks.change                       webhook, its deliveries (skips locked ones), its lane
     webhooks.unregister, removal.step     webhook, its deliveries; its lane by the cascade
     replays.record                        webhook, the replay, deliveries, lane
-    imports, rotation                     webhooks (the sweep of old secrets skips locked ones); an import then lanes
+    imports.write                         webhooks, lanes
+    rotation.rotated, rotation.erase      webhooks (`erase` skips locked ones)
     deliveries.retry, deliveries.cancel   one delivery, its lane
     claiming.release                      deliveries, lanes
     clock_jumps.bring_forward             deliveries, lanes
-    sweeper.open_lanes, lanes.open_lanes  lanes
+    lanes.make_due                        lanes
     retention.purge                       deliveries, events (skips locked ones of both)
     events.publish                        webhooks (key share, by the foreign key), lanes of what it cannot lease
     claiming.claim                        lanes, their deliveries: against the order
 
-Who deviates, and why it is safe: `claim` must begin with the lanes, but skips those that are locked, and skips locked
+The deviation is safe: `claim` must begin with the lanes, but skips those that are locked, and skips locked
 deliveries, so it waits for nobody while it holds a lock. If all due lanes are locked it waits for a single one, holding
-nothing else. A caller's own transaction opens its lanes after its commit (see lanes.change_lanes).
+nothing else. A caller's own transaction opens its lanes after its commit (lanes.open_lanes).
 
 `webhooks` are locked FOR NO KEY UPDATE, which does not conflict with the key share of a foreign key: publishing waits
 for no settlement. Only deleting a webhook makes it wait.
