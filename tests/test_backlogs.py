@@ -122,9 +122,9 @@ def test_deleting_a_webhook_with_many_deliveries_holds_up_no_writer(
     most: list[int] = []
 
     def note(event: Any) -> None:
-        if event.sql.startswith("DELETE FROM deliveries"):
+        if event.sql.strip().startswith("DELETE FROM deliveries"):
             most.append(removal.BATCH)
-        elif event.sql.startswith("DELETE FROM webhooks"):
+        elif event.sql.strip().startswith("DELETE FROM webhooks"):
             most.append(db.execute_sql("SELECT count(*) FROM deliveries").fetchone()[0])
 
     db.query_hooks.append(note)

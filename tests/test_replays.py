@@ -207,14 +207,14 @@ def test_a_step_that_is_cut_off_in_the_middle_loses_and_repeats_nothing(
     end(db)
     replay_id = replays.start(db, webhook_id, LONG_AGO)["replay_id"]
 
-    def cut_off(*_: Any) -> None:
+    def cut_off(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("_insert", "_count"):
+    for module, name in ((deliveries, "insert"), (lanes, "open_lanes")):
         step = replays.find(db, replay_id)
         assert step is not None
         with monkeypatch.context() as patch:
-            patch.setattr(replays, name, cut_off)
+            patch.setattr(module, name, cut_off)
             with pytest.raises(KeyboardInterrupt):
                 write_now(db, replays.record, step)
         shown = replays.get(db, replay_id)
@@ -439,7 +439,7 @@ async def test_a_step_waits_briefly_for_a_webhook_that_somebody_holds_and_goes_o
     await storage.start()
     with other.connection_context(), other.atomic():
         other.execute_sql("SELECT 1 FROM webhooks FOR UPDATE").fetchall()
-        assert not await replays._round(storage)  # it gave way, and says that it goes on later
+        assert not await replays.carry_out_steps(storage)  # it gave way, and says that it goes on later
         assert (pending(db), replays.running(db)) == (0, [replay_id])
     keeping = asyncio.ensure_future(replays.carry_out(storage, poll=0.01))
     await until(lambda: replays.get(db, replay_id)["state"] == "finished")
@@ -459,9 +459,9 @@ async def test_replays_go_on_after_a_look_for_them_has_failed(db: Database, webh
     storage = storage_of(db)
     await storage.start()
     await storage.write(lambda db: db.execute_sql("ALTER TABLE replays RENAME TO away"))
-    assert not await replays._round(storage)
+    assert not await replays.carry_out_steps(storage)
     await storage.write(lambda db: db.execute_sql("ALTER TABLE away RENAME TO replays"))
-    assert await replays._round(storage)
+    assert await replays.carry_out_steps(storage)
     await storage.stop()
     assert (replays.get(db, replay_id)["state"], pending(db)) == ("finished", 3)
 

@@ -1,7 +1,7 @@
 """How many requests one process may have in flight, in all and to one webhook. Thread-safe: whoever publishes asks.
 
 A lease that is committed takes a slot, or is given back at once where none is left. Until its commit it counts within
-its own transaction alone (`events.Uncommitted`): one that is rolled back, or stays open for long, holds no slot.
+its own transaction alone (see events.py): one that is rolled back, or stays open for long, holds no slot.
 """
 
 from __future__ import annotations
