@@ -34,7 +34,7 @@ def create_app(config: settings.Settings) -> Starlette:
     storage = storage_of(db, config.database_pool)
     worker = worker_of(config, storage) if config.run_worker else None
     # Events are published to other processes' workers, until our own worker starts and attaches itself.
-    lanes.attach(db, lanes.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
+    lanes.attach(db, lanes.outlet_without_worker(config.max_payload, storage.notify))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

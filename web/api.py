@@ -47,7 +47,7 @@ async def list_all(request: Request) -> Response:
 
 async def delete_webhook(request: Request) -> Response:
     storage, webhook_id = storage_of(request), request.path_params["webhook_id"]
-    await removal.clear_beside(storage, webhook_id)
+    await removal.delete_deliveries_beside(storage, webhook_id)
     if not await storage.write(webhooks.unregister, webhook_id):
         return Json({"detail": "Webhook not found"}, 404)
     return Response(status_code=204, media_type="application/json")

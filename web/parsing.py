@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from hookline.events import MAX_DEPTH, TOO_DEEP, has_lone_surrogate, is_too_deep
+from hookline.payloads import MAX_DEPTH, TOO_DEEP, has_lone_surrogate, is_too_deep
 from hookline.registration import MASK
 
 SECRET_NAMES = ("secret", "headers")  # fields that a 422 must not echo
