@@ -1,4 +1,4 @@
-"""`import`, `export` and `copy` of files and URLs that they cannot use, and of those that they can."""
+"""`import` and `export`: the files that they take, and those that they refuse."""
 
 from __future__ import annotations
 
