@@ -244,7 +244,7 @@ async def published_beside_a_purge(db: Database) -> tuple[float, float, float]:
 
     alone = [await publish() for _ in range(PUBLISHED)]
     start = time.perf_counter()
-    purging = asyncio.ensure_future(retention.keep(storage, 30 * 86400, first=0))
+    purging = asyncio.ensure_future(retention.purge_forever(storage, 30 * 86400, first=0))
     beside: list[float] = []
     while await storage.scan(left):
         beside += [await publish() for _ in range(20)]
@@ -290,7 +290,7 @@ def flat(claim: str, other: str, dbs: list[Database]) -> Figure:
 def cycle(db: Database) -> Callable[[], None]:
     """Publishes one event to 10 webhooks, loads its deliveries and settles them."""
     woken: list[Wake] = []
-    lanes.attach(db, Outlet(slots=lambda: Slots(1000, 1000), wake=woken.append))
+    lanes.attach(db, Outlet(lanes.MAX_PAYLOAD, 60, lambda: Slots(1000, 1000), woken.append))
     return lambda: once(db, woken)
 
 

@@ -23,7 +23,7 @@ def worker() -> None:
     """Deliver, until it is told to stop (SIGTERM, Ctrl-C). Any number of workers may share one database."""
     import asyncio
 
-    from assembly import database_of, quiet_gc, start_logging, worker_of
+    from assembly import database_of, quiet_gc, running, start_logging, worker_of
     from hookline.store.open import storage_of
 
     config = settings.load()
@@ -35,14 +35,10 @@ def worker() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         storage = storage_of(db, config.database_pool)
-        delivering = worker_of(config, storage)
-        await storage.start()
-        await delivering.start()
-        quiet_gc()
-        click.echo("Hookline delivers")
-        await stopped.wait()
-        await delivering.stop()
-        await storage.stop()
+        async with running(storage, worker_of(config, storage)):
+            quiet_gc()
+            click.echo("Hookline delivers")
+            await stopped.wait()
 
     asyncio.run(work())
 
@@ -58,7 +54,7 @@ def publish(db: Database, event_type: str, data: str, idempotency_key: str | Non
     from hookline.store import notices, schema
 
     schema.require_current(db)
-    lanes.attach(db, lanes.Outlet(settings.load().max_payload, wake=lambda wake: notices.send(db)))
+    lanes.attach(db, lanes.outlet_without_worker(settings.load().max_payload, lambda: notices.send(db)))
     try:
         content = json.loads(data)
     except ValueError as exc:

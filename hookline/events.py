@@ -6,7 +6,6 @@ in its webhook's lane. Only committed rows are ever sent: what wakes the worker 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -23,19 +22,18 @@ from uuid_utils import uuid7
 from hookline import clock, lanes, tables
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
 from hookline.lanes import Outlet, Slots, Wake
+from hookline.payloads import is_same_json, payload_of
 from hookline.registration import text_problem
 from hookline.store import sql
 from hookline.store.open import adopt
-from hookline.store.units import in_unit, transaction
-from hookline.tables import IN_ORDER, read_time, stored_time
+from hookline.store.units import transaction
+from hookline.tables import read_time, stored_time
 
 log = logging.getLogger("hookline")
 
 EVENT_TYPE = re.compile(r"[!-~]([ -~]{0,198}[!-~])?")
 TEAM_FIELDS = ("home_team", "away_team", "team")
 MAX_KEY = 255  # characters of an idempotency key
-MAX_DEPTH = 64  # of arrays and objects in each other, in whatever is JSON
-TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 TIGHT = 50  # webhooks that are near their share: what the others get too many is given back when it takes its slots
 OWN = "hookline."  # what the types of our own events begin with: nobody else publishes them, and `*` is not for them
 TEST_EVENT = f"{OWN}webhook.test"
@@ -48,7 +46,6 @@ class Uncommitted:
 
     def __init__(self) -> None:
         self.leased: Counter[str] = Counter()  # of each webhook
-        self.unopened: list[str] = []  # events that wait in lanes, which are opened once for all
 
 
 _uncommitted: WeakKeyDictionary[Any, Uncommitted] = WeakKeyDictionary()  # by Peewee's object of the transaction
@@ -96,7 +93,7 @@ def publish(event_type: str, data: Mapping[str, Any], idempotency_key: str | Non
     TooLarge, Conflict (the key was used with other content), Unavailable.
     """
     if tables.db.obj is None:
-        raise Invalid("no database is bound: make a WebhookManager first, or call tables.db.initialize(database)")
+        raise Invalid("no database is bound: call hookline.connect(...) first, with its URL or your Peewee database")
     adopt(tables.db.obj)
     return publish_one(tables.db.obj, NewEvent(event_type, data, idempotency_key))
 
@@ -119,7 +116,8 @@ def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Ex
     drafts: dict[int, Draft] = {}
     for place, new in enumerate(events):
         try:
-            payload = payload_of(new, clock.legacy_time(now), outlet.max_payload)
+            _check(new)
+            payload = payload_of(new.event_type, new.data, clock.legacy_time(now), outlet.max_payload)
             drafts[place] = Draft(f"{'evt_' if new.only is None else TEST_ID}{uuid7()}", new, payload)
             answers.append(None)
         except (Invalid, TooLarge) as exc:
@@ -137,54 +135,17 @@ def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Ex
     return [answer for answer in answers if answer is not None]
 
 
-def payload_of(new: NewEvent, timestamp: str | None, limit: int) -> str:
-    """The body: the data, then `event_type` and `timestamp`, as compact ASCII JSON. Raises Invalid, TooLarge."""
+def _check(new: NewEvent) -> None:
     if not isinstance(new.event_type, str) or not EVENT_TYPE.fullmatch(new.event_type) or new.event_type == "*":
         raise Invalid("event_type must be 1 to 200 printable ASCII characters, and not *")
     if new.event_type.startswith(OWN) and new.only is None and not new.own:
         raise Invalid(f"event_type must not begin with {OWN}: such events are Hookline's own")
-    if new.idempotency_key is not None and not is_key(new.idempotency_key):
+    if new.idempotency_key is not None and not _is_key(new.idempotency_key):
         raise Invalid(f"idempotency_key must be 1 to {MAX_KEY} printable ASCII characters")
-    if not isinstance(new.data, Mapping) or not all(isinstance(name, str) for name in new.data):
-        raise Invalid("data must be an object")
-    body = {**new.data, "event_type": new.event_type, "timestamp": timestamp}
-    try:
-        payload = json.dumps(body, separators=(",", ":"), allow_nan=False)
-    except RecursionError as exc:
-        raise Invalid(f"data is {TOO_DEEP}") from exc
-    except (TypeError, ValueError) as exc:
-        raise Invalid(f"data is not JSON: {exc}") from exc
-    if len(payload) > limit:
-        raise TooLarge(f"the payload has {len(payload)} bytes, more than MAX_PAYLOAD, {limit}")
-    if payload.count("{") + payload.count("[") > MAX_DEPTH and is_too_deep(body):
-        raise Invalid(f"data is {TOO_DEEP}")
-    if "\\ud" in payload and has_lone_surrogate(body):
-        raise Invalid("data must not contain lone surrogates")
-    return payload
 
 
-def is_key(key: Any) -> bool:
+def _is_key(key: Any) -> bool:
     return isinstance(key, str) and 1 <= len(key) <= MAX_KEY and key.isprintable() and key.isascii()
-
-
-def is_too_deep(value: Any) -> bool:
-    """Are there more than MAX_DEPTH arrays and objects in each other?"""
-    level: list[Any] = [[value]]
-    for _ in range(MAX_DEPTH + 1):
-        inner = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
-        level = [child for child in inner if isinstance(child, dict | list | tuple)]
-        if not level:
-            return False
-    return True
-
-
-def has_lone_surrogate(value: Any) -> bool:
-    """Is there text in this JSON that is not Unicode, and that no answer could show?"""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def subscriptions_to(event_type: str) -> list[str]:
@@ -229,19 +190,11 @@ def _first_answer(db: Database, draft: Draft) -> Published | Exception:
     if row is None:  # purged in this very moment
         return Unavailable("the event of this idempotency key is being purged; nothing was stored, try again")
     event_id, event_type, payload, created_at = row
-    again = payload_of(draft.new, clock.legacy_time(read_time(created_at)), 2**31)
+    again = payload_of(draft.new.event_type, draft.new.data, clock.legacy_time(read_time(created_at)), 2**31)
     if event_type != draft.new.event_type or not is_same_json(payload, again):
         return Conflict("this idempotency key was used before, with other content")
     counted = f"SELECT count(*) FROM deliveries WHERE event_id = {db.param}"
     return Published(event_id, event_type, int(db.execute_sql(counted, (event_id,)).fetchone()[0]), duplicate=True)
-
-
-def is_same_json(one: str, other: str) -> bool:
-    """Do these hold the same, whatever the order of their keys? 1, 1.0 and true are three values."""
-    if one == other:
-        return True
-    first, second = (json.dumps(json.loads(text), sort_keys=True) for text in (one, other))
-    return first == second
 
 
 def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetime, since: float) -> Counter[str]:
@@ -262,7 +215,7 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
             rows += _insert_one(db, draft.event_id, draft.new.only, at)
     leased = [(delivery_id, webhook_id) for delivery_id, webhook_id, _, is_leased in rows if is_leased]
     if len(leased) < len(rows):
-        _queue_published(db, so_far, [draft.event_id for draft in drafts])
+        lanes.open_lanes(db, {webhook_id for _, webhook_id, _, is_leased in rows if not is_leased})
     if leased:
         so_far.leased.update(webhook_id for _, webhook_id in leased)
         lanes.after_commit(db, so_far.leased.clear, lambda: outlet.wake(Wake(leased, lost, since)))
@@ -273,7 +226,9 @@ def _less(slots: Slots, leased: Mapping[str, int]) -> Slots:
     """What is left of the slots for a transaction that has leased so much already."""
     if not leased:
         return slots
-    return Slots(max(slots.free - sum(leased.values()), 0), slots.share, Counter(slots.held) + Counter(leased))
+    return Slots(
+        max(slots.free - sum(leased.values()), 0), slots.per_webhook, Counter(slots.in_flight) + Counter(leased)
+    )
 
 
 def _insert_matching(
@@ -283,7 +238,11 @@ def _insert_matching(
 
     Each webhook gets `most` deliveries at most.
     """
-    tight = [(one, max(slots.share - held, 0)) for one, held in slots.held.items() if held + most > slots.share]
+    tight = [
+        (one, max(slots.per_webhook - held, 0))
+        for one, held in slots.in_flight.items()
+        if held + most > slots.per_webhook
+    ]
     tight = sorted(tight, key=itemgetter(1))[:TIGHT]
     moment = sql.moment(db)
     matching = sql.each(
@@ -298,7 +257,7 @@ def _insert_matching(
         WITH tight AS MATERIALIZED (SELECT id, room FROM {sql.rows(db, "id", "room integer")})
         INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
         SELECT webhook_id, event_id, leased,
-               CASE WHEN leased THEN {moment} WHEN in_order THEN {moment} ELSE {moment} END, {moment}
+               CASE WHEN leased THEN {moment} ELSE {lanes.next_attempt_sql("in_order", moment)} END, {moment}
         FROM (
             SELECT webhook_id, event_id, place, in_order, ordinary
                    AND row_number() OVER (ORDER BY place, webhook_id) <= {db.param}
@@ -314,7 +273,7 @@ def _insert_matching(
         ) AS placed
         ORDER BY place
         RETURNING delivery_id, webhook_id, event_id, leased"""
-    given = (sql.parameter(tight), lost, IN_ORDER, at, at, slots.free, slots.share, at, at, sql.parameter(wanted))
+    given = (sql.parameter(tight), lost, at, at, slots.free, slots.per_webhook, at, at, sql.parameter(wanted))
     return list(db.execute_sql(statement, given).fetchall())
 
 
@@ -322,25 +281,6 @@ def _insert_one(db: Database, event_id: str, webhook_id: str, at: str) -> list[I
     moment = sql.moment(db)
     insert = f"""
         INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
-        SELECT webhook_id, {db.param}, FALSE, CASE WHEN ordered THEN {moment} ELSE {moment} END, {moment}
+        SELECT webhook_id, {db.param}, FALSE, {lanes.next_attempt_sql("ordered", moment)}, {moment}
         FROM webhooks WHERE webhook_id = {db.param} RETURNING delivery_id, webhook_id, event_id, leased"""
-    return list(db.execute_sql(insert, (event_id, IN_ORDER, at, at, webhook_id)).fetchall())
-
-
-def _queue_published(db: Database, so_far: Uncommitted, event_ids: Sequence[str]) -> None:
-    """Make the lanes due of what these events could not lease.
-
-    All events of a caller's own transaction at once, after its commit: one write more, however many they are.
-    """
-    if in_unit(db):
-        lanes.queue(db, lanes.OF_EVENTS, sql.ids(event_ids))
-        return
-
-    def open_lanes() -> None:
-        unopened, so_far.unopened = so_far.unopened, []
-        if unopened:
-            lanes.open_lanes(db, lanes.OF_EVENTS, sql.ids(unopened))
-            lanes.outlet_of(db).wake(Wake())
-
-    so_far.unopened += event_ids
-    lanes.after_commit(db, open_lanes)
+    return list(db.execute_sql(insert, (event_id, at, at, webhook_id)).fetchall())

@@ -388,7 +388,7 @@ def test_nothing_that_grows_with_what_was_missed_runs_in_the_writers_transaction
     assert inside
     assert not [statement for statement, _ in inside if "FROM events" in statement or "count(" in statement.lower()]
     looked_at = [statement for statement, _ in inside if "FROM deliveries" in statement]
-    assert all("LIMIT" in statement or lanes.MADE_IN_ORDER in statement for statement in looked_at)
+    assert all("LIMIT" in statement or lanes.making_in_order_sql("lanes") in statement for statement in looked_at)
 
 
 def test_counting_ends_after_so_many_events_of_others(
@@ -441,7 +441,7 @@ async def test_a_step_waits_briefly_for_a_webhook_that_somebody_holds_and_goes_o
         other.execute_sql("SELECT 1 FROM webhooks FOR UPDATE").fetchall()
         assert not await replays._round(storage)  # it gave way, and says that it goes on later
         assert (pending(db), replays.running(db)) == (0, [replay_id])
-    keeping = asyncio.ensure_future(replays.keep(storage, poll=0.01))
+    keeping = asyncio.ensure_future(replays.carry_out(storage, poll=0.01))
     await until(lambda: replays.get(db, replay_id)["state"] == "finished")
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)

@@ -20,7 +20,7 @@ from peewee import Database, DatabaseError, IntegrityError
 from hookline.errors import Conflict, Invalid, Unavailable
 from hookline.store import schema, sql
 from hookline.store.failures import SENTENCES, error_name, in_peewees_words, is_lost, reason, sentence_for
-from hookline.store.locks import alone
+from hookline.store.locks import exclusive
 from hookline.store.pool import is_postgres
 from hookline.store.units import connected
 from hookline.transfer.progress import Progress, silent
@@ -230,7 +230,7 @@ def alone_on(source: Database, target: Database) -> Iterator[None]:
     with ExitStack() as locks:
         for db in (source, target):
             if is_postgres(db) or db is target:
-                locks.enter_context(alone(db, ADVISORY_LOCK, taken))
+                locks.enter_context(exclusive(db, ADVISORY_LOCK, taken))
         if is_postgres(target) and target.execute_sql(OTHERS).fetchone():
             raise Conflict(IN_USE)
         yield

@@ -205,7 +205,7 @@ def write(db: Database, planned: Plan, progress: Progress) -> None:
     cursor.executemany(note_sql(db), map(noted, planned.noted))
     reopened = [row["webhook_id"] for row in planned.updated if row["changed"] & {"enabled", "url"}]
     if reopened:
-        lanes.queue(db, lanes.OF_WEBHOOKS, sql.encoded_ids(reopened), open_now=True)
+        lanes.open_lanes(db, reopened, now=True)
 
 
 def insert_sql(db: Database) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 from peewee import Database
 
 from hookline import clock
-from hookline.egress import Network, literal_refusal
+from hookline.egress import Network
 from hookline.errors import Invalid
+from hookline.registration_warnings import url_warning
 from hookline.store.failures import in_peewees_words
 from hookline.store.files import back_up, replace_file
-from hookline.store.locks import alone
+from hookline.store.locks import exclusive
 from hookline.store.pool import is_postgres
 from hookline.store.units import connected, transaction
 from hookline.tables import read_time
@@ -57,7 +58,7 @@ class Report:
         self.contested += [f"{webhook_id}: deleted here since it was imported: left out" for webhook_id in plan.deleted]
 
 
-def import_file(
+def import_file(  # noqa: PLR0913 - each is an option of the command
     db: Database,
     path: Path,
     *,
@@ -84,7 +85,7 @@ def import_file(
         else:
             report.backup = back_up(path, content)
             # On PostgreSQL two imports at once would both insert what is new; SQLite has one writer.
-            with alone(db, ADVISORY_LOCK) if is_postgres(db) else nullcontext(), transaction(db), in_peewees_words:
+            with exclusive(db, ADVISORY_LOCK) if is_postgres(db) else nullcontext(), transaction(db), in_peewees_words:
                 plan = imports.plan(db, rows, overwrite=overwrite, lock=True)
                 imports.write(db, plan, progress)
     report.add(plan, overwrite)
@@ -98,9 +99,9 @@ def refusals(rows: Iterable[WebhookRow], allowed: Sequence[Network]) -> list[str
     for row in rows:
         host = row["url"].split("/", 3)[2]
         if host not in answers:
-            answers[host] = literal_refusal(row["url"], allowed)
+            answers[host] = url_warning(row["url"], allowed)
         if answers[host]:
-            warnings.append(f"{row['webhook_id']}: it will not be delivered to: {answers[host]}")
+            warnings.append(f"{row['webhook_id']}: {answers[host]}")
     return warnings
 
 

@@ -72,7 +72,7 @@ class CopiedTable(NamedTuple):
 
 
 # Tables that others refer to come first. Left out are the workers: they deliver from the source, not from the target.
-TABLES = [CopiedTable.of(model) for model in tables.TABLES if model is not tables.Worker]
+TABLES = [CopiedTable.of(model) for model in tables.TABLES if model is not tables.Heartbeat]
 
 
 def count(db: Database, table: CopiedTable) -> int:

@@ -82,8 +82,8 @@ class Worker:
         lanes.attach(self.db, outlet)
         self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
-        purging = retention.keep(self.storage, self.rules.retention)
-        beside = (purging, replays.keep(self.storage), heartbeat.keep(self.storage))
+        purging = retention.purge_forever(self.storage, self.rules.retention)
+        beside = (purging, replays.carry_out(self.storage), heartbeat.keep(self.storage))
         self._beside = [self._loop.create_task(one) for one in beside]
 
     async def stop(self, grace: float = 5) -> None:
@@ -91,7 +91,7 @@ class Worker:
         self._stopping = True
         self.capacity.close()
         self._recorder.stop_within(LOCK_TIMEOUT)
-        for_others = lanes.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
+        for_others = lanes.outlet_without_worker(self.max_payload, self.storage.notify)
         lanes.attach(self.db, for_others)
         self._awake.set()
         for task in self._beside:
@@ -217,7 +217,7 @@ class Worker:
             while after is not None:
                 late, after = await self.storage.scan(sweeper.overdue, after)
                 if late:
-                    await self.storage.write(sweeper.open_lanes, late)
+                    await self.storage.write(lanes.make_due, late)
                     self._awake.set()
             await orphans.sweep(self.storage, self._orphans)
         except Unavailable as exc:
@@ -257,7 +257,7 @@ class Worker:
         if due is None or due > now:
             return POLL if due is None else min(POLL, (due - now).total_seconds())
         try:
-            in_flight = self.capacity.slots().held
+            in_flight = self.capacity.slots().in_flight
             jobs = await self.storage.write(claiming.claim, self.rules, free, in_flight, busy)
         except Unavailable as exc:
             if error_name(exc) != LOCKED:

@@ -17,7 +17,7 @@ from tests.transfer.copying import contents, fill, opened, source_and_target
 
 def test_every_table_is_copied() -> None:
     assert {table.name for table in rows.TABLES} == {
-        str(model._meta.table_name) for model in models.TABLES if model is not models.Worker
+        str(model._meta.table_name) for model in models.TABLES if model is not models.Heartbeat
     }
 
 
