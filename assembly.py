@@ -35,10 +35,11 @@ def worker_of(config: settings.Settings, storage: Storage) -> Worker:
         timeout=config.delivery_timeout,
         concurrency=config.worker_concurrency,
         retention=config.retention,
+        max_payload=config.max_payload,
     )
     own = (config.host, config.port)
     client = Client(allowed=config.allowed_networks, timeout=config.delivery_timeout, own=own)
-    return Worker(storage, client, rules, config.max_payload)
+    return Worker(storage, client, rules)
 
 
 def quiet_gc() -> None:

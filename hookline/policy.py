@@ -19,19 +19,31 @@ MAX_STEP = 365 * 24 * 3600.0  # seconds of a step of the schedule
 
 @dataclass(frozen=True)
 class Rules:
-    """What the operator chose. Seconds."""
+    """The operator's choices. Times are in seconds."""
 
-    retry_schedule: tuple[float, ...] = (5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
-    disable_after: float = 5 * 86400
-    lease: float = 60
-    timeout: float = 15
-    concurrency: int = 256  # requests in flight
-    retention: float | None = 30 * 86400  # of what has ended; None: for ever
+    retry_schedule: tuple[float, ...]  # the wait before each retry
+    disable_after: float  # of failures alone
+    lease: float
+    timeout: float  # of a request
+    concurrency: int  # requests in flight
+    retention: float | None  # of what has ended; None: for ever
+    max_payload: int  # bytes of an event
 
     @property
-    def share(self) -> int:
-        """How many of them one webhook may have."""
+    def per_webhook(self) -> int:
+        """Requests that one webhook may have in flight."""
         return max(self.concurrency // 2, 1)
+
+
+DEFAULT = Rules(  # for programs that use the library; the service takes its own from settings.py, which has the same
+    retry_schedule=(5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400),
+    disable_after=5 * 86400,
+    lease=60,
+    timeout=15,
+    concurrency=256,
+    retention=30 * 86400,
+    max_payload=256 * 1024,
+)
 
 
 class Result(NamedTuple):

@@ -15,7 +15,7 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, events, lanes, policy
 from hookline.events import NewEvent
 from hookline.lanes import Outlet, Slots
-from hookline.policy import Result, Rules
+from hookline.policy import Result
 from hookline.store.postgres import write_now
 from hookline.transfer import json_file
 from hookline.worker import claiming, settling
@@ -23,6 +23,7 @@ from hookline.worker.jobs import Job, Settled
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET, only_sqlite
 from tests.databases import plan, read_whole
+from tests.working import claim_up_to
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
 DAY = 86400.0
@@ -50,7 +51,7 @@ def publish(db: Database, count: int = 1) -> None:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, Rules(), 100, {}, [])
+    return write_now(db, claim_up_to, 100)
 
 
 def settled(job: Job, status_code: int, retry_after: float | None = None, wait: float = DAY) -> Settled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookline import policy
-from hookline.policy import Outcome, Result, Rules, Settlement
+from hookline.policy import DEFAULT, Outcome, Result, Settlement
 
 NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
-SCHEDULE = Rules().retry_schedule
+SCHEDULE = DEFAULT.retry_schedule
 FAILED = Result(NOW, 10, 500, "answered 500")
 
 
@@ -202,6 +203,6 @@ def test_a_burst_is_a_tenth_of_a_seconds_worth_and_at_least_one(rate_limit: floa
     assert policy.burst(rate_limit) == burst
 
 
-@pytest.mark.parametrize(("concurrency", "share"), [(1, 1), (2, 1), (3, 1), (256, 128)])
-def test_one_webhook_may_have_half_of_the_requests_in_flight(concurrency: int, share: int) -> None:
-    assert Rules(concurrency=concurrency).share == share
+@pytest.mark.parametrize(("concurrency", "per_webhook"), [(1, 1), (2, 1), (3, 1), (256, 128)])
+def test_one_webhook_may_have_half_of_the_requests_in_flight(concurrency: int, per_webhook: int) -> None:
+    assert replace(DEFAULT, concurrency=concurrency).per_webhook == per_webhook

@@ -13,13 +13,12 @@ from peewee import Database
 from hookline import WebhookManager, clock, rotation, signing
 from hookline.egress import Client
 from hookline.errors import Conflict
-from hookline.policy import Rules
 from hookline.store.open import storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming
 from hookline.worker.worker import Worker
 from models import Webhook
 from tests.databases import plan, read_whole
+from tests.working import claim_up_to, rules
 
 URL = "http://example.com/"
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
@@ -45,8 +44,8 @@ def webhook_id(manager: WebhookManager, after: Any) -> str:
 def sent(db: Database, manager: WebhookManager) -> tuple[dict[str, str], bytes]:
     """The headers and the body of a delivery made now, as a worker signs it."""
     manager.send_event("goal", {})
-    job = write_now(db, claiming.claim, Rules(), 2, {}, [])[-1]
-    worker = Worker(storage_of(db), Client(), Rules())
+    job = write_now(db, claim_up_to, 2)[-1]
+    worker = Worker(storage_of(db), Client(), rules())
     return worker._headers(job), job.body
 
 
@@ -145,7 +144,7 @@ async def test_a_worker_erases_what_has_ended(
     manager.rotate(webhook_id, SECOND, 60)
     after(61)
     storage = storage_of(db)
-    worker = Worker(storage, Client(), Rules())
+    worker = Worker(storage, Client(), rules())
     await storage.start()
     await worker.start()
     for _ in range(1000):

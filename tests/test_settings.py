@@ -8,12 +8,29 @@ from pathlib import Path
 import pytest
 
 import settings
+from hookline import policy
 from tests.conftest import manage
 from tests.databases import Place
 
 
 def test_defaults_are_those_of_a_small_box() -> None:
     assert settings.load({}) == settings.Settings()
+
+
+def test_the_defaults_are_those_of_the_library() -> None:
+    config = settings.Settings()
+    assert (
+        policy.Rules(
+            retry_schedule=config.retry_schedule,
+            disable_after=config.disable_after,
+            lease=config.lease,
+            timeout=config.delivery_timeout,
+            concurrency=config.worker_concurrency,
+            retention=config.retention,
+            max_payload=config.max_payload,
+        )
+        == policy.DEFAULT
+    )
 
 
 def test_every_setting_is_read() -> None:

@@ -64,15 +64,13 @@ class Capacity:
         with self._lock:
             return max(self._limit - self._in_all, 0)
 
-    @property
-    def saturated(self) -> list[str]:
-        """The webhooks that get no more for now."""
-        with self._lock:
-            full = [one for one, held in self._held.items() if held >= self.per_webhook and one not in self._blocked]
-            return [*self._blocked, *full]
-
     def slots(self) -> Slots:
         """What is left, for who leases."""
         with self._lock:
             held = {**self._held, **dict.fromkeys(self._blocked, self.per_webhook)}
             return Slots(max(self._limit - self._in_all, 0), self.per_webhook, held)
+
+
+def saturated(slots: Slots) -> list[str]:
+    """The webhooks that get no more for now."""
+    return [webhook_id for webhook_id, in_flight in slots.held.items() if in_flight >= slots.share]

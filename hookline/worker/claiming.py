@@ -14,10 +14,11 @@ from functools import lru_cache
 from peewee import Database
 
 from hookline import clock, lanes, policy
-from hookline.policy import Rules
+from hookline.lanes import Slots
 from hookline.store import locks, sql
 from hookline.store.pool import is_postgres
 from hookline.tables import IN_ORDER, read_time, stored_time
+from hookline.worker.capacity import saturated
 from hookline.worker.jobs import Job
 
 LANES_AT_ONCE = 100
@@ -74,11 +75,11 @@ def next_due(db: Database, busy: Sequence[str]) -> datetime | None:
     return read_time(row[0]) if row else None
 
 
-def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], busy: Sequence[str]) -> list[Job]:
-    """Lease what is due in the due lanes, at most `free` deliveries, and a fair share of each lane."""
+def claim(db: Database, slots: Slots, lease: float) -> list[Job]:
+    """Lease what is due in the due lanes, at most `slots.free` deliveries, and a fair share of each lane."""
     now, since = clock.now(), time.monotonic()
-    lost = stored_time(now + timedelta(seconds=rules.lease))
-    given = (stored_time(now), sql.ids(busy))
+    lost = stored_time(now + timedelta(seconds=lease))
+    given = (stored_time(now), sql.ids(saturated(slots)))
     due = db.execute_sql(due_sql(db, locks.skip_locked(db, "l")), given).fetchall()
     if not due:  # others hold all that are due, perhaps who publishes to them without pause: stand in line for one
         locks.wait_briefly(db)
@@ -89,9 +90,9 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
         if not enabled:
             _cancel_some(db, webhook_id, now)
             continue
-        left = free - len(leased)
-        share = rules.share - in_flight.get(webhook_id, 0)
-        budget = min(policy.lane_budget(failures, bool(ordered), rate_limit, free), left, share)
+        left = slots.free - len(leased)
+        share = slots.share - slots.held.get(webhook_id, 0)
+        budget = min(policy.lane_budget(failures, bool(ordered), rate_limit, slots.free), left, share)
         if budget <= 0:
             continue
         ids = _lease(db, webhook_id, bool(ordered), budget, stored_time(now), lost)

@@ -28,7 +28,7 @@ from hookline.store.failures import LOCKED, error_name
 from hookline.store.pool import LOCK_TIMEOUT
 from hookline.store.storage import Storage
 from hookline.worker import claiming, clock_jumps, heartbeat, orphans, sweeper
-from hookline.worker.capacity import Capacity
+from hookline.worker.capacity import Capacity, saturated
 from hookline.worker.jobs import Job
 from hookline.worker.recorder import AGAIN, MARGIN, Recorder
 
@@ -44,11 +44,10 @@ UNUSABLE = "the delivery could not be made: the webhook's headers or its secret 
 class Worker:
     """Delivers what is in one database. Any number of them may, in any number of processes."""
 
-    def __init__(self, storage: Storage, client: Client, rules: Rules, max_payload: int = 256 * 1024) -> None:
+    def __init__(self, storage: Storage, client: Client, rules: Rules) -> None:
         self.storage, self.client, self.rules = storage, client, rules
-        self.max_payload = max_payload
         self.beat = time.monotonic()  # when the loop last went round
-        self.capacity = Capacity(rules.concurrency, rules.share)
+        self.capacity = Capacity(rules.concurrency, rules.per_webhook)
         self._jobs: dict[int, asyncio.Task[None]] = {}
         self._taking: set[asyncio.Task[None]] = set()
         self._recorder = Recorder(storage, rules, self.capacity, self._end)
@@ -78,7 +77,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._awake = asyncio.Event()
         await self.client.start()
-        outlet = lanes.Outlet(self.max_payload, self.rules.lease, self.capacity.slots, self.wake)
+        outlet = lanes.Outlet(self.rules.max_payload, self.rules.lease, self.capacity.slots, self.wake)
         lanes.attach(self.db, outlet)
         self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
@@ -91,7 +90,7 @@ class Worker:
         self._stopping = True
         self.capacity.close()
         self._recorder.stop_within(LOCK_TIMEOUT)
-        for_others = lanes.Outlet(self.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
+        for_others = lanes.Outlet(self.rules.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
         lanes.attach(self.db, for_others)
         self._awake.set()
         for task in self._beside:
@@ -247,8 +246,9 @@ class Worker:
 
     async def _step(self) -> float:
         """Claim and begin what is due, as far as there are slots; returns how many seconds to wait for more."""
-        free, busy = self.capacity.free, self.capacity.saturated
-        if not free:
+        slots = self.capacity.slots()
+        busy = saturated(slots)
+        if not slots.free:
             self._backlog = True
             return POLL
         due = await self.storage.read(claiming.next_due, busy)
@@ -257,8 +257,7 @@ class Worker:
         if due is None or due > now:
             return POLL if due is None else min(POLL, (due - now).total_seconds())
         try:
-            in_flight = self.capacity.slots().held
-            jobs = await self.storage.write(claiming.claim, self.rules, free, in_flight, busy)
+            jobs = await self.storage.write(claiming.claim, self.capacity.slots(), self.rules.lease)
         except Unavailable as exc:
             if error_name(exc) != LOCKED:
                 raise

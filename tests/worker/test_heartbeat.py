@@ -12,7 +12,6 @@ from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries
 from hookline.egress import Client
-from hookline.policy import Rules
 from hookline.store import sql
 from hookline.store.open import open_database, storage_of
 from hookline.worker import heartbeat
@@ -22,6 +21,7 @@ from models import stored_time
 from tests.conftest import SECRET, Server, running
 from tests.databases import Place, plan, read_whole
 from tests.faults.load import worker
+from tests.working import rules
 
 NONE = (503, {"detail": heartbeat.NONE_BEATS})
 
@@ -82,7 +82,7 @@ def test_a_beat_from_a_clock_that_was_put_right_since_counts_for_nothing(
 
 
 async def test_a_worker_beats_from_its_start_to_its_end(place: Place, db: Database) -> None:
-    workers = [Worker(storage_of(open_database(place.url)), Client(), Rules()) for _ in range(2)]
+    workers = [Worker(storage_of(open_database(place.url)), Client(), rules()) for _ in range(2)]
     for one in workers:
         await one.storage.start()
         await one.start()

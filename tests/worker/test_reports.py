@@ -12,16 +12,16 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, policy
-from hookline.policy import Result, Rules
+from hookline.policy import Result
 from hookline.worker import reports
 from hookline.worker.jobs import Job, Settled
 from hookline.worker.reports import Reports
 from hookline.worker.settling import Outcomes
 from tests.receiver import Answer, Received, Receiver
-from tests.working import working
+from tests.working import rules, working
 
 SECRET = "a-marked-secret-of-enough-characters"
-RULES = Rules(retry_schedule=(0.05, 0.05), lease=30, timeout=10, concurrency=4)
+RULES = rules(retry_schedule=(0.05, 0.05), lease=30, timeout=10, concurrency=4)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ async def test_a_webhook_that_is_disabled_is_told(
 ) -> None:
     receiver.answers["/down"] = answering(code)
     webhook_id = manager.register(f"{receiver.url}/down", ["goal"], SECRET)
-    async with working(db, Rules(retry_schedule=(0.05,) * 9, lease=30, timeout=10, disable_after=0.01)):
+    async with working(db, rules(retry_schedule=(0.05,) * 9, lease=30, timeout=10, disable_after=0.01)):
         manager.send_event("goal", {})
         (line,) = await until(lambda: lines(log, "was disabled"))
     assert line.startswith(f"webhook {webhook_id} was disabled: ") and why in line
