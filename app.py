@@ -33,7 +33,7 @@ def create_app(config: settings.Settings) -> Starlette:
     db = database_of(config)
     storage = storage_of(db, config.database_pool)
     worker = worker_of(config, storage) if config.run_worker else None
-    lanes.attach(db, lanes.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
+    lanes.attach(db, lanes.outlet_without_worker(config.max_payload, storage.notify))
 
     def worker_problem(db: Database) -> str | None:
         return heartbeat.problem(db) if worker is None else worker.problem()

@@ -291,7 +291,7 @@ def worker() -> None:
 def publish(db: Database, event_type: str, data: str, idempotency_key: str | None) -> None:
     """Publish an event: EVENT_TYPE and its DATA, a JSON object. A running service or worker delivers it."""
     schema.require_current(db)
-    lanes.attach(db, lanes.Outlet(settings.load().max_payload, wake=lambda wake: notices.send(db)))
+    lanes.attach(db, lanes.outlet_without_worker(settings.load().max_payload, lambda: notices.send(db)))
     try:
         content = json.loads(data)
     except ValueError as exc:

@@ -290,7 +290,7 @@ def flat(claim: str, other: str, dbs: list[Database]) -> Figure:
 def cycle(db: Database) -> Callable[[], None]:
     """Publishes one event to 10 webhooks, loads its deliveries and settles them."""
     woken: list[Wake] = []
-    lanes.attach(db, Outlet(slots=lambda: Slots(1000, 1000), wake=woken.append))
+    lanes.attach(db, Outlet(lanes.MAX_PAYLOAD, 60, lambda: Slots(1000, 1000), woken.append))
     return lambda: once(db, woken)
 
 

@@ -15,7 +15,7 @@ from hookline import clock, lanes
 from hookline.errors import Conflict, NotFound
 from hookline.store import sql
 from hookline.store.units import connected, transaction
-from hookline.tables import IN_ORDER, Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
+from hookline.tables import Attempt, Delivery, Event, Lane, Status, Webhook, read_time, stored_time
 
 COLUMNS = [
     Delivery.delivery_id,
@@ -93,9 +93,9 @@ def retry(db: Database, delivery_id: int) -> Row:
         if _is_under_way(row, now):
             raise Conflict("this delivery is being made right now")
         again = {"attempts_before": Delivery.attempts} if row["status"] in FINAL else {}
-        due = read_time(IN_ORDER) if row["ordered"] else now
+        due = read_time(lanes.next_attempt_at(row["ordered"], stored_time(now)))
         _move(db, row, status=Status.PENDING, leased=False, next_attempt_at=due, finished_at=None, reason=None, **again)
-        lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([row["webhook_id"]]), open_now=True)
+        lanes.open_lanes(db, [row["webhook_id"]], now=True)
         return get(db, delivery_id)
 
 
@@ -157,7 +157,7 @@ def _move(db: Database, row: Row, **values: Any) -> None:
 
 
 def _is_under_way(row: Row, now: datetime) -> bool:
-    until = row["open_at"] if row["next_attempt_at"] == read_time(IN_ORDER) else row["next_attempt_at"]
+    until = row["open_at"] if lanes.is_in_order(row["next_attempt_at"]) else row["next_attempt_at"]
     return bool(row["status"] == Status.PENDING and row["leased"] and until is not None and until > now)
 
 
@@ -232,13 +232,13 @@ def oldest_due(db: Database) -> float:
     Looks at the lanes that have been due for longest. Raises Unavailable.
     """
     now = clock.now()
-    first = """
-        SELECT CASE WHEN d.next_attempt_at = {order} THEN d.created_at ELSE d.next_attempt_at END FROM deliveries d
+    first = f"""
+        SELECT CASE WHEN {lanes.in_order_sql("d")} THEN d.created_at ELSE d.next_attempt_at END FROM deliveries d
         WHERE d.webhook_id = l.webhook_id AND d.status = 'pending' ORDER BY d.next_attempt_at LIMIT 1"""
     moment = sql.moment(db)
     statement = f"""
-        SELECT min(({first.format(order=moment)})) FROM (
+        SELECT min(({first})) FROM (
             SELECT webhook_id FROM lanes WHERE due_at <= {moment} ORDER BY due_at LIMIT {DUE_LANES}) AS l"""
     with connected(db):
-        oldest = read_time(db.execute_sql(statement, (IN_ORDER, stored_time(now))).fetchone()[0])
+        oldest = read_time(db.execute_sql(statement, (stored_time(now),)).fetchone()[0])
     return max((now - oldest).total_seconds(), 0.0) if oldest is not None else 0.0

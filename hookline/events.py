@@ -26,8 +26,8 @@ from hookline.lanes import Outlet, Slots, Wake
 from hookline.registration import text_problem
 from hookline.store import sql
 from hookline.store.open import adopt
-from hookline.store.units import in_unit, transaction
-from hookline.tables import IN_ORDER, read_time, stored_time
+from hookline.store.units import transaction
+from hookline.tables import read_time, stored_time
 
 log = logging.getLogger("hookline")
 
@@ -48,7 +48,6 @@ class Uncommitted:
 
     def __init__(self) -> None:
         self.leased: Counter[str] = Counter()  # of each webhook
-        self.unopened: list[str] = []  # events that wait in lanes, which are opened once for all
 
 
 _uncommitted: WeakKeyDictionary[Any, Uncommitted] = WeakKeyDictionary()  # by Peewee's object of the transaction
@@ -262,7 +261,7 @@ def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetim
             rows += _insert_one(db, draft.event_id, draft.new.only, at)
     leased = [(delivery_id, webhook_id) for delivery_id, webhook_id, _, is_leased in rows if is_leased]
     if len(leased) < len(rows):
-        _queue_published(db, so_far, [draft.event_id for draft in drafts])
+        lanes.open_lanes(db, {webhook_id for _, webhook_id, _, is_leased in rows if not is_leased})
     if leased:
         so_far.leased.update(webhook_id for _, webhook_id in leased)
         lanes.after_commit(db, so_far.leased.clear, lambda: outlet.wake(Wake(leased, lost, since)))
@@ -273,7 +272,9 @@ def _less(slots: Slots, leased: Mapping[str, int]) -> Slots:
     """What is left of the slots for a transaction that has leased so much already."""
     if not leased:
         return slots
-    return Slots(max(slots.free - sum(leased.values()), 0), slots.share, Counter(slots.held) + Counter(leased))
+    return Slots(
+        max(slots.free - sum(leased.values()), 0), slots.per_webhook, Counter(slots.in_flight) + Counter(leased)
+    )
 
 
 def _insert_matching(
@@ -283,7 +284,11 @@ def _insert_matching(
 
     Each webhook gets `most` deliveries at most.
     """
-    tight = [(one, max(slots.share - held, 0)) for one, held in slots.held.items() if held + most > slots.share]
+    tight = [
+        (one, max(slots.per_webhook - held, 0))
+        for one, held in slots.in_flight.items()
+        if held + most > slots.per_webhook
+    ]
     tight = sorted(tight, key=itemgetter(1))[:TIGHT]
     moment = sql.moment(db)
     matching = sql.each(
@@ -298,7 +303,7 @@ def _insert_matching(
         WITH tight AS MATERIALIZED (SELECT id, room FROM {sql.rows(db, "id", "room integer")})
         INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
         SELECT webhook_id, event_id, leased,
-               CASE WHEN leased THEN {moment} WHEN in_order THEN {moment} ELSE {moment} END, {moment}
+               CASE WHEN leased THEN {moment} ELSE {lanes.next_attempt_sql("in_order", moment)} END, {moment}
         FROM (
             SELECT webhook_id, event_id, place, in_order, ordinary
                    AND row_number() OVER (ORDER BY place, webhook_id) <= {db.param}
@@ -314,7 +319,7 @@ def _insert_matching(
         ) AS placed
         ORDER BY place
         RETURNING delivery_id, webhook_id, event_id, leased"""
-    given = (sql.parameter(tight), lost, IN_ORDER, at, at, slots.free, slots.share, at, at, sql.parameter(wanted))
+    given = (sql.parameter(tight), lost, at, at, slots.free, slots.per_webhook, at, at, sql.parameter(wanted))
     return list(db.execute_sql(statement, given).fetchall())
 
 
@@ -322,25 +327,6 @@ def _insert_one(db: Database, event_id: str, webhook_id: str, at: str) -> list[I
     moment = sql.moment(db)
     insert = f"""
         INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
-        SELECT webhook_id, {db.param}, FALSE, CASE WHEN ordered THEN {moment} ELSE {moment} END, {moment}
+        SELECT webhook_id, {db.param}, FALSE, {lanes.next_attempt_sql("ordered", moment)}, {moment}
         FROM webhooks WHERE webhook_id = {db.param} RETURNING delivery_id, webhook_id, event_id, leased"""
-    return list(db.execute_sql(insert, (event_id, IN_ORDER, at, at, webhook_id)).fetchall())
-
-
-def _queue_published(db: Database, so_far: Uncommitted, event_ids: Sequence[str]) -> None:
-    """Make the lanes due of what these events could not lease.
-
-    All events of a caller's own transaction at once, after its commit: one write more, however many they are.
-    """
-    if in_unit(db):
-        lanes.queue(db, lanes.OF_EVENTS, sql.ids(event_ids))
-        return
-
-    def open_lanes() -> None:
-        unopened, so_far.unopened = so_far.unopened, []
-        if unopened:
-            lanes.open_lanes(db, lanes.OF_EVENTS, sql.ids(unopened))
-            lanes.outlet_of(db).wake(Wake())
-
-    so_far.unopened += event_ids
-    lanes.after_commit(db, open_lanes)
+    return list(db.execute_sql(insert, (event_id, at, at, webhook_id)).fetchall())

@@ -23,7 +23,7 @@ from hookline.missed import WANTED, Position, Window, look, webhook_of
 from hookline.store import locks, sql
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
-from hookline.tables import IN_ORDER, Replay, read_time, stored_time
+from hookline.tables import Replay, read_time, stored_time
 
 log = logging.getLogger("hookline")
 
@@ -196,7 +196,7 @@ def record(db: Database, step: Step) -> bool:
         if not _move(db, step):
             return False
         now = stored_time(clock.now())
-        due = IN_ORDER if webhook[1] else now
+        due = lanes.next_attempt_at(webhook[1], now)
         made = deliveries.restart(db, step.window.ended, WANTED[step.statuses], due)
         made += _insert(db, step.webhook_id, step.window.missing, due, now)
         if made:
@@ -232,7 +232,7 @@ def _count(db: Database, step: Step, made: Sequence[int]) -> None:
     """Add what was made due to the count, and open the lane; one that rests is opened by the first step alone."""
     add = f"UPDATE replays SET deliveries = deliveries + {len(made)} WHERE replay_id = {db.param} RETURNING deliveries"
     (total,) = db.execute_sql(add, (step.replay_id,)).fetchone()
-    lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([step.webhook_id]), open_now=total == len(made))
+    lanes.open_lanes(db, [step.webhook_id], now=total == len(made))
 
 
 def _end(db: Database, replay_id: str, reason: str) -> bool:

@@ -264,7 +264,7 @@ def _query() -> Any:
 
 def _switched(db: Database, webhook_id: str, enabled: bool) -> Row:
     """What changes with `enabled`. The worker cancels what waits for a disabled webhook, in its lane."""
-    lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
+    lanes.open_lanes(db, [webhook_id], now=True)
     if enabled:
         return {"disabled_at": None, "disabled_reason": None, "failing_since": None}
     lanes.after_commit(db, partial(log_disabled, webhook_id, BY_REQUEST))

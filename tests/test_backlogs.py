@@ -9,7 +9,6 @@ import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, lanes, removal, webhooks
-from hookline.store import sql
 from hookline.store.open import storage_of
 from hookline.store.pool import is_postgres
 from hookline.store.units import transaction
@@ -100,10 +99,10 @@ def test_what_waits_for_a_webhook_does_not_make_a_change_of_its_lane_longer(
     manager.update(webhook_id, {"ordered": ordered})
     due = IN_ORDER if ordered else stored_time(clock.now())
     wait(db, webhook_id, 1, FEW, due)
-    lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
+    lanes.open_lanes(db, [webhook_id], now=True)
     before = work(db, lambda: change(db, webhook_id))
     wait(db, webhook_id, FEW + 1, MANY, due)
-    lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
+    lanes.open_lanes(db, [webhook_id], now=True)
     assert work(db, lambda: change(db, webhook_id)) < before + (ALLOWED if is_postgres(db) else 50)
 
 

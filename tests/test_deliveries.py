@@ -12,13 +12,14 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, history, lanes, policy
 from hookline.errors import Conflict, NotFound
 from hookline.events import Published
-from hookline.lanes import Outlet, Slots
+from hookline.lanes import Slots
 from hookline.policy import DEFAULT, Result
 from hookline.store import sql
 from hookline.worker import settling
 from hookline.worker.jobs import Settled
 from models import stored_time
 from tests.conftest import SECRET
+from tests.outlets import outlet
 from tests.working import claim_up_to
 
 URL = "http://example.com/"
@@ -71,7 +72,7 @@ def test_a_delivery_waits_for_its_turn_then_for_its_back_off(db: Database, publi
 
 
 def test_a_delivery_under_way_waits_for_nothing(db: Database, manager: WebhookManager, webhook_id: str) -> None:
-    lanes.attach(db, Outlet(slots=lambda: Slots(1, 1)))
+    lanes.attach(db, outlet(Slots(1, 1)))
     manager.send_event("goal", {})
     assert the_one(db)["waiting_for"] == "nothing: it is being made right now"
     with pytest.raises(Conflict, match="right now"), db.connection_context():

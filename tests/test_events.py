@@ -16,9 +16,10 @@ import models
 from hookline import WebhookManager, clock, deliveries, events, history, lanes
 from hookline.errors import Conflict, Invalid, TooLarge
 from hookline.events import NewEvent, Published
-from hookline.lanes import Outlet, Slots
+from hookline.lanes import Slots
 from tests.conftest import SECRET, recorded
 from tests.databases import plan, read_whole
+from tests.outlets import outlet
 
 
 def delivered_to(db: Database, published: Published) -> set[str]:
@@ -82,8 +83,7 @@ def test_the_body_is_byte_for_byte_what_the_replaced_service_sent(
 def test_publishing_in_the_callers_transaction_is_both_or_neither(manager: WebhookManager, db: Database) -> None:
     manager.register("http://example.com/", ["order.paid"], SECRET)
     woken: list[list[lanes.Leased]] = []
-    outlet = Outlet(slots=lambda: Slots(10, 10), wake=lambda wake: woken.append(list(wake.leased)))
-    lanes.attach(db, outlet)
+    lanes.attach(db, outlet(Slots(10, 10), wake=lambda wake: woken.append(list(wake.leased))))
     with db.connection_context():
         db.execute_sql("CREATE TABLE orders (id integer)")
         with pytest.raises(ZeroDivisionError), db.atomic():
@@ -142,7 +142,7 @@ def test_what_cannot_be_an_event_is_refused(manager: WebhookManager, event_type:
 
 
 def test_a_payload_over_the_limit_is_refused(db: Database, manager: WebhookManager) -> None:
-    lanes.attach(db, Outlet(max_payload=1000))
+    lanes.attach(db, outlet(max_payload=1000))
     frame = len('{"x":"","event_type":"a","timestamp":"2026-11-23T14:30:01.221962"}')
     with pytest.raises(TooLarge, match="MAX_PAYLOAD"):
         manager.send_event("a", {"x": "y" * 1000})
@@ -156,7 +156,7 @@ async def test_send_event_may_be_awaited_as_the_replaced_one_was(manager: Webhoo
 
 def test_deliveries_are_born_leased_as_far_as_there_are_slots(db: Database, manager: WebhookManager) -> None:
     woken: list[lanes.Leased] = []
-    lanes.attach(db, Outlet(slots=lambda: Slots(free=3, share=2), wake=lambda wake: woken.extend(wake.leased)))
+    lanes.attach(db, outlet(Slots(free=3, per_webhook=2), wake=lambda wake: woken.extend(wake.leased)))
     ids = [manager.register(f"http://example.com/{n}", ["goal"], SECRET) for n in range(2)]
     events.publish_all(db, [NewEvent("goal", {})] * 3)
     assert len(woken) == 3
@@ -170,7 +170,7 @@ def test_order_and_rate_limits_go_through_the_lane(
     db: Database, manager: WebhookManager, change: dict[str, Any]
 ) -> None:
     woken: list[lanes.Leased] = []
-    lanes.attach(db, Outlet(slots=lambda: Slots(10, 10), wake=lambda wake: woken.extend(wake.leased)))
+    lanes.attach(db, outlet(Slots(10, 10), wake=lambda wake: woken.extend(wake.leased)))
     webhook_id = manager.register("http://example.com/", ["goal"], SECRET)
     manager.update(webhook_id, change)
     manager.send_event("goal", {})

@@ -14,7 +14,7 @@ from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, events, lanes, policy
 from hookline.events import NewEvent
-from hookline.lanes import Outlet, Slots
+from hookline.lanes import Slots
 from hookline.policy import Result
 from hookline.store.postgres import write_now
 from hookline.transfer import json_file
@@ -23,6 +23,7 @@ from hookline.worker.jobs import Job, Settled
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET, only_sqlite
 from tests.databases import plan, read_whole
+from tests.outlets import outlet
 from tests.working import claim_up_to
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
@@ -101,7 +102,7 @@ def test_a_higher_rate_limit_opens_a_lane_that_rests_by_the_old_one(
     assert opens(db, webhook_id) == pytest.approx(rest)
     if new is None:
         assert len(sent(db)) == 1
-        lanes.attach(db, Outlet(slots=lambda: Slots(9, 9)))
+        lanes.attach(db, outlet(Slots(9, 9)))
         publish(db)
         assert deliveries.page(db)[0]["waiting_for"] == "nothing: it is being made right now"
 
@@ -306,7 +307,7 @@ def test_a_change_in_the_callers_own_transaction_opens_the_lane_after_its_commit
     publish(db, 3)
     settle(db, *(settled(job, 503, retry_after=DAY) for job in claim(db)))
     woken: list[Any] = []
-    lanes.attach(db, Outlet(wake=woken.append))
+    lanes.attach(db, outlet(wake=woken.append))
     with db.connection_context():
         with db.atomic() as transaction:
             manager.update(webhook_id, {"url": "http://example.com/a"})

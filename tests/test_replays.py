@@ -387,7 +387,7 @@ def test_nothing_that_grows_with_what_was_missed_runs_in_the_writers_transaction
     assert inside
     assert not [statement for statement, _ in inside if "FROM events" in statement or "count(" in statement.lower()]
     looked_at = [statement for statement, _ in inside if "FROM deliveries" in statement]
-    assert all("LIMIT" in statement or lanes.MADE_IN_ORDER in statement for statement in looked_at)
+    assert all("LIMIT" in statement or lanes.making_in_order_sql("lanes") in statement for statement in looked_at)
 
 
 def test_counting_ends_after_so_many_events_of_others(

@@ -218,7 +218,7 @@ def write(db: Database, decided: Plan, progress: Progress) -> None:
     )
     reopened = [row["webhook_id"] for row in decided.updated if row["changed"] & {"enabled", "url"}]
     if reopened:
-        lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids(reopened), open_now=True)
+        lanes.open_lanes(db, reopened, now=True)
 
 
 def subscribe(db: Database, decided: Plan) -> None:

@@ -73,4 +73,4 @@ class Capacity:
 
 def saturated(slots: Slots) -> list[str]:
     """The webhooks that get no more for now."""
-    return [webhook_id for webhook_id, in_flight in slots.held.items() if in_flight >= slots.share]
+    return [webhook_id for webhook_id, in_flight in slots.in_flight.items() if in_flight >= slots.per_webhook]

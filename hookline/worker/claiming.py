@@ -13,11 +13,11 @@ from functools import lru_cache
 
 from peewee import Database
 
-from hookline import clock, lanes, policy
-from hookline.lanes import Slots
+from hookline import clock, policy
+from hookline.lanes import Slots, in_order_sql, next_attempt_at, next_attempt_sql, open_lanes
 from hookline.store import locks, sql
 from hookline.store.pool import is_postgres
-from hookline.tables import IN_ORDER, read_time, stored_time
+from hookline.tables import read_time, stored_time
 from hookline.worker.capacity import saturated
 from hookline.worker.jobs import Job
 
@@ -36,7 +36,7 @@ def load(
 
     `since`: when the leases began, of time.monotonic(). `lanes`: for each webhook the last three fields of its jobs.
     """
-    found = db.execute_sql(load_sql(db), (sql.parameter(leased), IN_ORDER)).fetchall()
+    found = db.execute_sql(load_sql(db), (sql.parameter(leased),)).fetchall()
     wanted = {row[2] for row in found}
     select = "SELECT event_id, event_type, payload, created_at FROM events WHERE event_id IN "
     rows = db.execute_sql(f"{select}(SELECT id FROM {sql.rows(db, 'id')})", (sql.ids(wanted),)).fetchall()
@@ -61,7 +61,7 @@ def load_sql(db: Database) -> str:
         FROM {sql.rows(db, "id bigint", "until timestamptz")}
         CROSS JOIN deliveries d CROSS JOIN webhooks w
         WHERE d.delivery_id = given.id AND w.webhook_id = d.webhook_id AND w.enabled
-              AND d.status = 'pending' AND d.leased AND d.next_attempt_at IN (given.until, {sql.moment(db)})
+              AND d.status = 'pending' AND d.leased AND (d.next_attempt_at = given.until OR {in_order_sql("d")})
         ORDER BY d.delivery_id"""
 
 
@@ -91,7 +91,7 @@ def claim(db: Database, slots: Slots, lease: float) -> list[Job]:
             _cancel_some(db, webhook_id, now)
             continue
         left = slots.free - len(leased)
-        share = slots.share - slots.held.get(webhook_id, 0)
+        share = slots.per_webhook - slots.in_flight.get(webhook_id, 0)
         budget = min(policy.lane_budget(failures, bool(ordered), rate_limit, slots.free), left, share)
         if budget <= 0:
             continue
@@ -124,7 +124,7 @@ def _lease(db: Database, webhook_id: str, ordered: bool, budget: int, now: str, 
                next_attempt_at = {moment}
         WHERE delivery_id IN (SELECT delivery_id FROM due) AND status = 'pending'
         RETURNING delivery_id"""
-    parameters = (webhook_id, now, budget, IN_ORDER if ordered else lost)
+    parameters = (webhook_id, now, budget, next_attempt_at(ordered, lost))
     return [row[0] for row in db.execute_sql(statement, parameters).fetchall()]
 
 
@@ -165,8 +165,8 @@ def release(db: Database, delivery_ids: Sequence[int]) -> None:
     moment = sql.moment(db)
     statement = f"""
         UPDATE deliveries SET leased = FALSE,
-               next_attempt_at = CASE WHEN next_attempt_at = {moment} THEN next_attempt_at ELSE {moment} END
+               next_attempt_at = {next_attempt_sql(in_order_sql("deliveries"), moment)}
         WHERE {given} RETURNING webhook_id"""
-    rows = db.execute_sql(statement, (IN_ORDER, now, sql.ids(delivery_ids))).fetchall()
+    rows = db.execute_sql(statement, (now, sql.ids(delivery_ids))).fetchall()
     if rows:
-        lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids({webhook_id for (webhook_id,) in rows}), open_now=True)
+        open_lanes(db, {webhook_id for (webhook_id,) in rows}, now=True)

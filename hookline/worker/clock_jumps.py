@@ -10,6 +10,7 @@ from typing import Any
 from peewee import Database
 
 from hookline import clock, lanes, policy
+from hookline.lanes import make_due
 from hookline.policy import Rules
 from hookline.store import locks, sql
 from hookline.store.pool import is_postgres
@@ -93,10 +94,10 @@ def late_deliveries_sql(db: Database, rules: Rules) -> str:
 def late_lanes_sql(db: Database, rules: Rules) -> str:
     """A lane rests for a lease or by its rate limit; while it fails, no longer than a delivery waits, as above."""
     moment, wait = sql.moment(db), sql.seconds(db, "w.last_failure", "l.open_at")
-    made, rest = lanes.MADE_IN_ORDER.replace("lanes.", "l."), sql.seconds(db, moment, "l.open_at")
+    making, rest = lanes.making_in_order_sql("l"), sql.seconds(db, moment, "l.open_at")
     late = f"""
         w.webhook_id = given.id AND l.webhook_id = given.id AND l.open_at > {moment}
-        AND CASE WHEN EXISTS {made} THEN l.open_at > {moment}
+        AND CASE WHEN {making} THEN l.open_at > {moment}
                  WHEN l.failures = 0 THEN l.open_at > {moment} AND {rest} > coalesce(1.0 / w.rate_limit, 0) + {JUMP}
                  ELSE coalesce(w.last_failure > {moment} OR {wait} > {_longest(db, rules)}, FALSE) END"""
     columns = "l.webhook_id, l.open_at"
@@ -119,12 +120,12 @@ def bring_forward(db: Database, rules: Rules, deliveries: Sequence[Misdated], la
         FROM {sql.rows(db, "id bigint", "due timestamptz")}
         WHERE delivery_id = given.id AND status = 'pending' AND next_attempt_at = given.due RETURNING webhook_id"""
     rows = db.execute_sql(statement, (lost, now, sql.parameter(deliveries))).fetchall()
-    until = f"CASE WHEN EXISTS {lanes.MADE_IN_ORDER} THEN {moment} ELSE {moment} END"
+    until = f"CASE WHEN {lanes.making_in_order_sql('lanes')} THEN {moment} ELSE {moment} END"
     statement = f"""
         UPDATE lanes SET due_at = {until}, open_at = {until} FROM {sql.rows(db, "id", "opens timestamptz")}
         WHERE webhook_id = given.id AND open_at = given.opens RETURNING webhook_id"""
     opened = db.execute_sql(statement, (lost, now, lost, now, sql.parameter(late_lanes))).fetchall()
-    sweeper.open_lanes(db, sorted({webhook_id for (webhook_id,) in rows}))
+    make_due(db, {webhook_id for (webhook_id,) in rows})
     return len(rows) + len(opened)
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from peewee import Database
 
 from hookline import clock
+from hookline.lanes import in_order_sql
 from hookline.store import sql
-from hookline.tables import IN_ORDER, read_time, stored_time
+from hookline.tables import read_time, stored_time
 
 if TYPE_CHECKING:
     from hookline.worker.jobs import Job, Settled
@@ -88,8 +89,8 @@ def _put_in_the_queue(db: Database, settled: Sequence[Settled], found: Mapping[i
     if due:
         statement = f"""
             UPDATE deliveries SET next_attempt_at = given.due FROM {sql.rows(db, "id bigint", "due timestamptz")}
-            WHERE delivery_id = given.id AND status = 'pending' AND NOT leased AND next_attempt_at = {sql.moment(db)}"""
-        db.execute_sql(statement, (sql.parameter(due), IN_ORDER))
+            WHERE delivery_id = given.id AND status = 'pending' AND NOT leased AND {in_order_sql("deliveries")}"""
+        db.execute_sql(statement, (sql.parameter(due),))
 
 
 def _lanes_after(settled: Iterable[Settled], found: Mapping[int, Endpoint], now: datetime) -> dict[str, Change]:

@@ -12,7 +12,7 @@ from peewee import Database
 from hookline import clock, events, lanes
 from hookline.policy import Outcome
 from hookline.store import locks, sql
-from hookline.tables import IN_ORDER, stored_time
+from hookline.tables import stored_time
 from hookline.worker import attempt_log, lane_rests
 from hookline.worker.jobs import Settled
 
@@ -64,7 +64,7 @@ def _disable(db: Database, failures: Sequence[Settled], now: str, delinquent_sin
 
 def _settled_row(one: Settled, now: str) -> tuple[Any, ...]:
     job, result, settlement = one
-    due = settlement.next_attempt_at and (IN_ORDER if job.ordered else stored_time(settlement.next_attempt_at))
+    due = settlement.next_attempt_at and lanes.next_attempt_at(job.ordered, stored_time(settlement.next_attempt_at))
     return (
         job.delivery_id,
         job.attempts,
@@ -120,7 +120,7 @@ def disable(db: Database, ids: Iterable[str], reason: str, now: str, failing_sin
     parameters = [now, reason, sql.ids(wanted), *([failing_since] if failing_since else [])]
     disabled = [row[0] for row in db.execute_sql(statement, parameters).fetchall()]
     if disabled:
-        lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids(disabled), open_now=True)
+        lanes.open_lanes(db, disabled, now=True)
         news = [events.NewEvent(DISABLED_EVENT, {"webhook_id": one, "reason": reason}, own=True) for one in disabled]
         events.publish_all(db, news)
     return disabled

@@ -6,7 +6,6 @@ All in short steps, so that no writer is held up, however much waits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 from peewee import Database
 
@@ -47,15 +46,3 @@ def waiting(db: Database) -> str:
             SELECT (SELECT min(d.webhook_id) {PENDING} AND d.webhook_id > waiting.id), place + 1 FROM waiting
             WHERE id IS NOT NULL AND place < {WEBHOOKS}
         )"""
-
-
-def open_lanes(db: Database, webhook_ids: Sequence[str]) -> int:
-    """Make the lanes of these due, unless they are or rest; returns how many. Inside a unit of work."""
-    statement = f"""
-        INSERT INTO lanes (webhook_id, due_at, failures)
-        SELECT w.webhook_id, {sql.moment(db)}, 0 FROM {sql.rows(db, "id")} CROSS JOIN webhooks w
-        WHERE w.webhook_id = given.id ORDER BY w.webhook_id
-        ON CONFLICT (webhook_id) DO UPDATE SET due_at = excluded.due_at
-        WHERE lanes.due_at > excluded.due_at AND (lanes.open_at IS NULL OR lanes.open_at <= excluded.due_at)
-        RETURNING webhook_id"""
-    return len(db.execute_sql(statement, (stored_time(clock.now()), sql.ids(webhook_ids))).fetchall())

@@ -90,7 +90,7 @@ class Worker:
         self._stopping = True
         self.capacity.close()
         self._recorder.stop_within(LOCK_TIMEOUT)
-        for_others = lanes.Outlet(self.rules.max_payload, self.rules.lease, wake=lambda wake: self.storage.notify())
+        for_others = lanes.outlet_without_worker(self.rules.max_payload, self.storage.notify)
         lanes.attach(self.db, for_others)
         self._awake.set()
         for task in self._beside:
@@ -216,7 +216,7 @@ class Worker:
             while after is not None:
                 late, after = await self.storage.scan(sweeper.overdue, after)
                 if late:
-                    await self.storage.write(sweeper.open_lanes, late)
+                    await self.storage.write(lanes.make_due, late)
                     self._awake.set()
             await orphans.sweep(self.storage, self._orphans)
         except Unavailable as exc:

@@ -13,7 +13,7 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, events, lanes, policy
 from hookline.egress import Client
 from hookline.events import NewEvent
-from hookline.lanes import Outlet, Slots
+from hookline.lanes import Slots
 from hookline.policy import Result
 from hookline.store.open import storage_of
 from hookline.store.postgres import write_now
@@ -23,6 +23,7 @@ from hookline.worker.worker import Worker
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET
 from tests.databases import plan, read_whole
+from tests.outlets import outlet
 from tests.working import claim_up_to, rules
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
@@ -129,7 +130,7 @@ def test_what_was_never_attempted_and_a_lease_of_who_died_do_not_wait_either(
 ) -> None:
     at(AHEAD)
     publish(db)
-    lanes.attach(db, Outlet(slots=lambda: Slots(9, 9)))  # a worker that takes it and dies
+    lanes.attach(db, outlet(Slots(9, 9)))  # a worker that takes it and dies
     with db.connection_context():
         db.execute_sql("DELETE FROM lanes")
     publish(db)

@@ -16,13 +16,13 @@ from standardwebhooks import Webhook as Oracle
 from hookline import WebhookManager, clock, deliveries, events, lanes, replays, signing
 from hookline.egress import Client
 from hookline.events import NewEvent
-from hookline.lanes import Outlet
 from hookline.store.open import open_database, storage_of
 from hookline.worker import claiming, clock_jumps, sweeper
 from hookline.worker.worker import Worker
 from models import stored_time
 from tests.conftest import SECRET, only_postgres
 from tests.databases import Place, plan, read_whole
+from tests.outlets import outlet
 from tests.receiver import Answer, Received, Receiver
 from tests.working import LOOPBACK, claim_up_to, rules, working
 
@@ -304,7 +304,7 @@ async def test_a_lease_of_a_worker_that_died_runs_out_and_another_delivers(
     db: Database, manager: WebhookManager, receiver: Receiver
 ) -> None:
     manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
-    lanes.attach(db, Outlet(lease=1, slots=lambda: lanes.Slots(9, 9)))  # a worker that takes it and does nothing
+    lanes.attach(db, outlet(lanes.Slots(9, 9), lease=1))  # a worker that takes it and does nothing
     manager.send_event("goal", {})
     assert deliveries.page(db)[0]["waiting_for"] == "nothing: it is being made right now"
     async with working(db, rules(lease=1.0, timeout=0.1, concurrency=4)) as worker:
@@ -455,15 +455,15 @@ async def test_a_manager_of_its_own_delivers_between_startup_and_shutdown(tmp_pa
 def test_the_sweep_opens_only_lanes_whose_leases_ran_out(db: Database, manager: WebhookManager) -> None:
     manager.register("http://example.com/", ["goal"], SECRET)
     for lease in (-5.0, 60.0):
-        lanes.attach(db, Outlet(lease=lease, slots=lambda: lanes.Slots(9, 9)))
+        lanes.attach(db, outlet(lanes.Slots(9, 9), lease=lease))
         with db.connection_context(), db.atomic():
             manager.send_event("goal" if lease < 0 else "none", {})
     late, after = sweeper.overdue(db)
     assert (len(late), after) == (1, None)
     with db.connection_context(), db.atomic():
-        assert sweeper.open_lanes(db, late) == 1
+        assert lanes.make_due(db, late) == 1
         assert claiming.next_due(db, []) is not None
-        assert sweeper.open_lanes(db, late) == 0  # it is due already
+        assert lanes.make_due(db, late) == 0  # it is due already
         assert sweeper.overdue(db) == ([], None)
         assert db.execute_sql("SELECT count(*) FROM lanes").fetchone()[0] == 1
 
@@ -473,7 +473,7 @@ def test_the_sweep_goes_from_webhook_to_webhook_in_short_steps(
 ) -> None:
     monkeypatch.setattr(sweeper, "WEBHOOKS", 2)
     ids = sorted(manager.register("http://example.com/", ["goal"], SECRET) for _ in range(5))
-    lanes.attach(db, Outlet(lease=-5.0, slots=lambda: lanes.Slots(9, 9)))
+    lanes.attach(db, outlet(lanes.Slots(9, 9), lease=-5.0))
     manager.send_event("goal", {})
     found: list[list[str]] = []
     after: str | None = ""
