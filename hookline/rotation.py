@@ -96,7 +96,7 @@ def erase(db: Database, webhook_ids: Sequence[str]) -> int:
     Inside a unit of work.
     """
     now = clock.now()
-    free = set(webhook_ids) - locks.lock_webhooks(db, set(webhook_ids), free=True)
+    free = set(webhook_ids) - locks.lock_webhooks(db, set(webhook_ids), skip_blocked=True)
     select = f"SELECT webhook_id, {', '.join(COLUMNS)} FROM webhooks WHERE webhook_id IN "
     rows = db.execute_sql(f"{select}(SELECT id FROM {sql.rows(db, 'id')})", (sql.ids(free),)).fetchall()
     left = []

@@ -18,7 +18,7 @@ from playhouse.schema_diff import diff_models
 from hookline import tables
 from hookline.errors import Conflict, HooklineError, Invalid, Unavailable
 from hookline.store.failures import LOCKED, error_name, reason
-from hookline.store.locks import alone
+from hookline.store.locks import exclusive
 from hookline.store.pool import is_postgres
 from hookline.store.units import connected
 
@@ -87,7 +87,7 @@ def _run(db: Database, directory: Path, target: str | None, direction: Literal["
     runner = Runner(db, str(directory))
     if target is not None and not (directory / f"{target}.py").exists():
         raise Invalid(f"there is no migration {target}: see  python manage.py migrate status")
-    with connected(db), alone(db, ADVISORY_LOCK):
+    with connected(db), exclusive(db, ADVISORY_LOCK):
         if not any(bool(migration.applied) == (direction == "down") for migration in runner.status()):
             return []  # without a transaction, which might wait for another's
         try:

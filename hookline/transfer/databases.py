@@ -21,7 +21,7 @@ from hookline import tables
 from hookline.errors import Conflict, Invalid, Unavailable
 from hookline.store import schema
 from hookline.store.failures import SENTENCES, error_name, in_peewees_words, is_lost, reason, sentence_for
-from hookline.store.locks import alone
+from hookline.store.locks import exclusive
 from hookline.store.pool import is_postgres
 from hookline.store.units import connected
 from hookline.tables import UtcField, read_time, stored_time
@@ -307,7 +307,7 @@ def alone_on(source: Database, target: Database) -> Iterator[None]:
     with ExitStack() as locks:
         for db in (source, target):
             if is_postgres(db) or db is target:
-                locks.enter_context(alone(db, ADVISORY_LOCK, busy))
+                locks.enter_context(exclusive(db, ADVISORY_LOCK, busy))
         if is_postgres(target) and target.execute_sql(OTHERS).fetchone():
             raise Conflict(IN_USE)
         yield

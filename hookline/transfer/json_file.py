@@ -25,7 +25,7 @@ from hookline.errors import Invalid
 from hookline.registration import MAX_NAME, text_problem, url_shape_problem
 from hookline.store.failures import in_peewees_words
 from hookline.store.files import back_up, replace_file
-from hookline.store.locks import alone
+from hookline.store.locks import exclusive
 from hookline.store.pool import is_postgres
 from hookline.store.units import connected, transaction
 from hookline.tables import read_time, stored_time
@@ -102,7 +102,7 @@ def import_file(
             return report
         report.backup = back_up(path, content)
         # On PostgreSQL two imports at once would both insert what is new; SQLite has one writer.
-        with alone(db, ADVISORY_LOCK) if is_postgres(db) else nullcontext(), transaction(db), in_peewees_words:
+        with exclusive(db, ADVISORY_LOCK) if is_postgres(db) else nullcontext(), transaction(db), in_peewees_words:
             plan = imports.plan(db, rows, overwrite=overwrite, lock=True)
             imports.write(db, plan, progress or silent)
     tell(plan, overwrite, report)

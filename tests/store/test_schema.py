@@ -16,7 +16,7 @@ from peewee import Database
 from hookline import WebhookManager, clock
 from hookline.errors import Invalid
 from hookline.store import pool, schema
-from hookline.store.locks import alone
+from hookline.store.locks import exclusive
 from hookline.store.open import open_database
 from models import Attempt, Delivery, Event, Import, Lane, Replay, Subscription, Webhook, Worker, stored_time
 from tests import databases
@@ -205,7 +205,7 @@ def test_who_waits_for_another_migration_is_told_so(empty: Place) -> None:
     db = open_database(empty.url, create=True)
     command = [sys.executable, str(ROOT / "manage.py"), "migrate", "up"]
     env = environment(DATABASE_URL=empty.url)
-    with db.connection_context(), alone(db, schema.ADVISORY_LOCK):
+    with db.connection_context(), exclusive(db, schema.ADVISORY_LOCK):
         second = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert second.stderr and second.stderr.readline() == "waiting for another process that works on this database\n"
     assert second.communicate(timeout=60)[0] == APPLIED
