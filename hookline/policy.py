@@ -64,12 +64,17 @@ class Outcome(Enum):
 
 
 class Settlement(NamedTuple):
-    """Where an attempt leaves its delivery and its lane."""
+    """The whole decision after an attempt. Nobody asks for its outcome again."""
 
-    outcome: Outcome
-    status: str  # of the delivery
+    status: str  # of the delivery: succeeded, pending or failed
     next_attempt_at: datetime | None
     lane_opens_at: datetime | None  # None: at once
+    is_asked: bool  # by the endpoint, that the lane opens no earlier
+    counts_as_failure: bool  # of the endpoint
+    disables: bool  # the webhook, at once
+
+
+SUCCEEDED = Settlement("succeeded", None, None, is_asked=False, counts_as_failure=False, disables=False)
 
 
 def outcome_of(result: Result) -> Outcome:
@@ -95,15 +100,24 @@ def settle(
     """
     outcome = outcome_of(result)
     if outcome is Outcome.SUCCEEDED:
-        return Settlement(outcome, "succeeded", None, None)
+        return SUCCEEDED
     asked = min(result.retry_after, MAX_RETRY_AFTER) if result.retry_after else 0.0
-    opens = now + timedelta(seconds=max(asked, lane_backoff(failures + 1)))
-    if outcome is Outcome.GONE or attempts > len(schedule):
-        return Settlement(outcome, "failed", None, opens)
-    jitter = random.uniform(-1, 1) if spread is None else spread
-    wait = max(min(schedule[attempts - 1], MAX_STEP) * (1 + JITTER * jitter), asked)
-    again = now + timedelta(seconds=wait)
-    return Settlement(outcome, "pending", again, min(opens, again) if not asked else opens)
+    lane_opens_at = now + timedelta(seconds=max(asked, lane_backoff(failures + 1)))
+    status, next_attempt_at = "failed", None
+    if outcome is Outcome.FAILED and attempts <= len(schedule):
+        jitter = random.uniform(-1, 1) if spread is None else spread
+        wait = max(min(schedule[attempts - 1], MAX_STEP) * (1 + JITTER * jitter), asked)
+        status, next_attempt_at = "pending", now + timedelta(seconds=wait)
+        if not asked:
+            lane_opens_at = min(lane_opens_at, next_attempt_at)
+    return Settlement(
+        status,
+        next_attempt_at,
+        lane_opens_at,
+        is_asked=bool(asked),
+        counts_as_failure=True,
+        disables=outcome is Outcome.GONE,
+    )
 
 
 def is_schedule(steps: Sequence[object]) -> bool:

@@ -43,7 +43,7 @@ def attempt(db: Database, status_code: int = 500, schedule: Sequence[float] = DE
             settlement = policy.settle(
                 result,
                 attempts=job.attempts + 1,
-                failures=job.failures,
+                failures=job.lane.failures,
                 schedule=schedule,
                 now=clock.now(),
             )

@@ -57,7 +57,7 @@ def claim(db: Database) -> list[Job]:
 
 def settled(job: Job, status_code: int, retry_after: float | None = None, wait: float = DAY) -> Settled:
     result = Result(clock.now(), 5, status_code, None, "said", retry_after)
-    decided = policy.settle(result, attempts=1, failures=job.failures, schedule=(wait,), now=clock.now(), spread=0)
+    decided = policy.settle(result, attempts=1, failures=job.lane.failures, schedule=(wait,), now=clock.now(), spread=0)
     return Settled(job, result, decided)
 
 
@@ -294,7 +294,7 @@ def test_retry_after_is_not_undone_by_the_attempt_for_which_the_lane_was_closed(
     after(6)
     publish(db, 2)
     (probe,) = claim(db)
-    assert probe.exclusive
+    assert probe.is_exclusive
     results = [settled(second, 429, retry_after=3600), settled(probe, status_code)]
     for batch in [results] if together else [[one] for one in results]:
         settle(db, *batch)
@@ -408,6 +408,6 @@ def test_what_the_lane_was_closed_for_says_more_of_it_than_a_failure_that_was_be
     publish(db)
     after(policy.LANE_BACKOFF + 1)
     (probe,) = claim(db)
-    assert probe.exclusive and not before.exclusive
+    assert probe.is_exclusive and not before.is_exclusive
     settle(db, settled(probe, 200), settled(before, 500))
     assert opens(db, webhook_id) == 0

@@ -63,14 +63,21 @@ def test_only_2xx_succeeds_and_only_410_is_gone(status_code: int | None, error: 
 def test_a_success_settles_at_once_whatever_the_count() -> None:
     for attempts in range(1, len(SCHEDULE) + 3):
         settlement = settle(Result(NOW, 10, 200, retry_after=60), attempts=attempts, failures=attempts)
-        assert settlement == (Outcome.SUCCEEDED, "succeeded", None, None)
+        assert settlement == Settlement(
+            status="succeeded",
+            next_attempt_at=None,
+            lane_opens_at=None,
+            is_asked=False,
+            counts_as_failure=False,
+            disables=False,
+        )
 
 
 def test_the_default_schedule_runs_over_3_days_until_the_delivery_is_finally_failed() -> None:
     lines, waits, attempts, failures, total = [], [], 1, 0, 0.0
     while (settlement := settle(attempts=attempts, failures=failures)).status == "pending":
         wait = seconds(settlement.next_attempt_at)
-        assert settlement.outcome is Outcome.FAILED and wait is not None
+        assert settlement.counts_as_failure and not settlement.disables and wait is not None
         waits.append(wait)
         total += wait
         lines.append(f"attempt {attempts:2} failed: again in {wait:7.0f} s, at {timedelta(seconds=total)}")
@@ -78,7 +85,9 @@ def test_the_default_schedule_runs_over_3_days_until_the_delivery_is_finally_fai
     print(*lines, f"attempt {attempts:2} failed: {settlement.status}", sep="\n")
     assert waits == [5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400]
     assert attempts == 12
-    assert settlement[:3] == (Outcome.FAILED, "failed", None)
+    assert settlement == settlement._replace(
+        status="failed", next_attempt_at=None, counts_as_failure=True, disables=False
+    )
     assert timedelta(days=3) < timedelta(seconds=total) < timedelta(days=4)
 
 
@@ -128,7 +137,9 @@ def test_jitter_does_not_bring_the_attempt_before_what_the_endpoint_asked() -> N
 
 
 def test_retry_after_rests_the_whole_lane() -> None:
-    assert seconds(settle(Result(NOW, 10, 429, "answered 429", retry_after=900)).lane_opens_at) == 900
+    settlement = settle(Result(NOW, 10, 429, "answered 429", retry_after=900))
+    assert (seconds(settlement.lane_opens_at), settlement.is_asked) == (900, True)
+    assert not settle().is_asked
 
 
 def test_the_lane_is_open_when_the_delivery_is_due_again() -> None:
@@ -139,7 +150,9 @@ def test_the_lane_is_open_when_the_delivery_is_due_again() -> None:
 @pytest.mark.parametrize("attempts", [1, 5, 12])
 def test_410_is_final_and_gone(attempts: int) -> None:
     settlement = settle(Result(NOW, 10, 410, "answered 410", retry_after=60), attempts=attempts)
-    assert settlement[:3] == (Outcome.GONE, "failed", None)
+    assert settlement == settlement._replace(
+        status="failed", next_attempt_at=None, counts_as_failure=True, disables=True
+    )
 
 
 def test_a_final_failure_still_rests_the_lane() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,7 +21,7 @@ from models import Delivery, Status, stored_time
 from tests.conftest import SECRET, Server, only_postgres
 from tests.databases import Place, plan, read_whole
 from tests.replaying import carry_out
-from tests.working import claim_up_to
+from tests.working import claim_up_to, until
 
 URL = "http://127.0.0.1:9/"
 LONG_AGO = clock.now() - timedelta(days=1)
@@ -463,14 +462,6 @@ async def test_replays_go_on_after_a_look_for_them_has_failed(db: Database, webh
     assert await replays._round(storage)
     await storage.stop()
     assert (replays.get(db, replay_id)["state"], pending(db)) == ("finished", 3)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def test_a_replay_over_http_tells_how_far_it_is_and_is_cancelled(server: Server) -> None:

@@ -1,8 +1,10 @@
-"""A worker that runs in this process, for tests; and claims without one."""
+"""A worker that runs in this process, for tests; claims without one; and waiting for what it does."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_network
@@ -43,3 +45,13 @@ async def working(db: Database, rules: Rules, client: Client | None = None) -> A
 def claim_up_to(db: Database, count: int) -> list[Job]:
     """Lease as a worker would that has so many free slots. Inside a unit of work."""
     return claiming.claim(db, Slots(count, count), DEFAULT.lease)
+
+
+async def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """Wait for the first true value of a condition about rows that another thread or process writes; returns it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not true within {seconds:g} s")

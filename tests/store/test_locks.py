@@ -26,7 +26,7 @@ from hookline.store.failures import LOCKED, error_name
 from hookline.store.notices import Notices
 from hookline.store.open import open_database, storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming, clock_jumps, settling, sweeper
+from hookline.worker import claiming, clock_jumps, expired_leases, settling
 from hookline.worker.jobs import Job, Settled
 from hookline.worker.worker import Worker
 from models import Delivery, Status, Subscription, stored_time
@@ -102,7 +102,7 @@ async def test_a_callers_long_transaction_holds_up_neither_the_worker_nor_other_
     with application.connection_context():
         with application.atomic():
             events.publish_one(application, NewEvent("mine", {"n": 1}, "key"))
-            assert await storage.scan(sweeper.overdue) == ([], None)
+            assert await storage.scan(expired_leases.overdue) == ([], None)
             same_key = asyncio.ensure_future(publish(NewEvent("mine", {"n": 1}, "key")))
             await asyncio.to_thread(wait_for_a_waiter, place.url)
             assert (await publish(NewEvent("mine", {"n": 2}))).deliveries == 1
@@ -346,7 +346,7 @@ async def test_webhooks_that_somebody_holds_keep_no_other_from_being_recorded_an
         other.begin()
     await recorded(manager, ids["held"], 10)
     async with asyncio.timeout(20):
-        while worker._jobs:
+        while worker.in_flight:
             await asyncio.sleep(0.01)
     assert worker.capacity.free == 6
     sent = [one.headers["webhook-id"] for one in receiver.received]

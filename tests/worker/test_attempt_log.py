@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -23,7 +22,7 @@ from models import Webhook, stored_time
 from tests.conftest import SECRET
 from tests.receiver import Answer, Received, Receiver
 from tests.replaying import replayed
-from tests.working import claim_up_to, rules, working
+from tests.working import claim_up_to, rules, until, working
 
 RULES = rules(retry_schedule=(0.05,), lease=30, timeout=10, concurrency=4)
 NOBODY = stored_time(clock.now() - timedelta(days=5))  # has failed since then
@@ -47,15 +46,6 @@ class Held:
         self.has_begun.set()
         self.may_end.wait(30)
         return self.answer
-
-
-async def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def ended(db: Database) -> Callable[[], Row | None]:

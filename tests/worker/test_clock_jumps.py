@@ -17,7 +17,7 @@ from hookline.lanes import Slots
 from hookline.policy import Result
 from hookline.store.open import storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import clock_jumps, settling, sweeper
+from hookline.worker import clock_jumps, expired_leases, settling
 from hookline.worker.jobs import Job, Settled
 from hookline.worker.worker import Worker
 from models import Delivery, Lane, stored_time
@@ -189,7 +189,7 @@ def test_a_look_takes_what_is_late_in_steps(
     db: Database, webhook_id: str, at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock_jumps, "LATE", 3)
-    monkeypatch.setattr(sweeper, "WEBHOOKS", 1)
+    monkeypatch.setattr(expired_leases, "WEBHOOKS", 1)
     at(AHEAD)
     publish(db, 10)
     fail(db)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +19,7 @@ from models import stored_time
 from tests.conftest import SECRET, Server, running
 from tests.databases import Place, plan, read_whole
 from tests.faults.load import worker
-from tests.working import rules
+from tests.working import rules, until
 
 NONE = (503, {"detail": heartbeat.NONE_BEATS})
 
@@ -91,14 +89,6 @@ async def test_a_worker_beats_from_its_start_to_its_end(place: Place, db: Databa
         await one.stop()
         await one.storage.stop()
         assert len(rows(db)) == 1 - left
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def test_ready_says_for_how_long_the_oldest_delivery_has_been_due(

@@ -17,14 +17,14 @@ from hookline import WebhookManager, clock, deliveries, events, lanes, replays, 
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.store.open import open_database, storage_of
-from hookline.worker import claiming, clock_jumps, sweeper
+from hookline.worker import claiming, clock_jumps, expired_leases
 from hookline.worker.worker import Worker
 from models import stored_time
 from tests.conftest import SECRET, only_postgres
 from tests.databases import Place, plan, read_whole
 from tests.outlets import outlet
 from tests.receiver import Answer, Received, Receiver
-from tests.working import LOOPBACK, claim_up_to, rules, working
+from tests.working import LOOPBACK, claim_up_to, rules, until, working
 
 QUICK = rules(retry_schedule=(0.1, 0.1, 0.1), lease=30, timeout=2, concurrency=16)
 
@@ -34,16 +34,6 @@ Row = dict[str, Any]
 @pytest.fixture(autouse=True)
 def short_lane_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hookline.policy.LANE_BACKOFF", 0.05)
-
-
-async def until(condition: Callable[[], Any], seconds: float = 15) -> Any:
-    """The first true value of the condition, which is about rows that another thread writes."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def ended(db: Database, count: int = 1) -> Callable[[], list[Row] | None]:
@@ -227,16 +217,16 @@ async def test_what_waits_when_strict_order_begins_is_delivered_too(
 
 
 async def test_a_small_step_of_the_clock_makes_nothing_due(
-    db: Database, manager: WebhookManager, receiver: Receiver
+    db: Database, manager: WebhookManager, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receiver.answers["/down"] = answering(500, 200)
     manager.register(f"{receiver.url}/down", ["goal"], SECRET)
     async with working(db, rules(retry_schedule=(86400,), lease=3, timeout=1, concurrency=16)) as worker:
         manager.send_event("goal", {})
         await until(lambda: deliveries.page(db)[0]["attempts"] == 1)
-        worker._offset += 2
-        await until(lambda: abs(worker._offset - (time.time() - time.monotonic())) < 1)
-        await until(lambda: worker._sweeping is not None and worker._sweeping.done())
+        real_now, sweeps = clock.now, worker.sweeper.sweeps
+        monkeypatch.setattr(clock, "now", lambda: real_now() - timedelta(seconds=2))
+        await until(lambda: worker.sweeper.sweeps > sweeps)
         assert deliveries.page(db)[0]["next_attempt_at"] > clock.now() + timedelta(hours=20)
 
 
@@ -258,9 +248,9 @@ async def test_a_clock_that_goes_far_back_costs_one_retry(
         manager.send_event("goal", {})
         await until(lambda: attempts() == {1})
         monkeypatch.setattr(clock, "now", real_now)
-        worker._offset += 36000
+        sweeps = worker.sweeper.sweeps
         await until(lambda: attempts() == {2})
-        await until(lambda: worker._sweeping is not None and worker._sweeping.done() and worker._next_look)
+        await until(lambda: worker.sweeper.sweeps > sweeps)
         await asyncio.sleep(0.5)
         assert attempts() == {2}
 
@@ -329,7 +319,7 @@ async def test_stopping_releases_what_is_in_flight_for_the_next_worker(
     await storage.start()
     await worker.start()
     manager.send_event("goal", {})
-    await until(lambda: worker._jobs)
+    await until(lambda: worker.in_flight)
     await worker.stop(grace=0.1)
     await storage.stop()
     assert deliveries.page(db)[0]["waiting_for"] == "its turn"
@@ -408,7 +398,7 @@ async def test_a_deleted_webhook_takes_its_deliveries_with_it_even_in_flight(
         await asyncio.to_thread(receiver.wait_for, 1, "/other")
         assert manager.unregister(webhook_id)
         release.set()
-        await until(lambda: not worker._jobs)
+        await until(lambda: not worker.in_flight)
     with db.connection_context():
         assert db.execute_sql("SELECT count(*) FROM lanes").fetchone()[0] == 0
     assert [one["status"] for one in deliveries.page(db)] == ["succeeded"]
@@ -458,27 +448,27 @@ def test_the_sweep_opens_only_lanes_whose_leases_ran_out(db: Database, manager: 
         lanes.attach(db, outlet(lanes.Slots(9, 9), lease=lease))
         with db.connection_context(), db.atomic():
             manager.send_event("goal" if lease < 0 else "none", {})
-    late, after = sweeper.overdue(db)
+    late, after = expired_leases.overdue(db)
     assert (len(late), after) == (1, None)
     with db.connection_context(), db.atomic():
         assert lanes.make_due(db, late) == 1
         assert claiming.next_due(db, []) is not None
         assert lanes.make_due(db, late) == 0  # it is due already
-        assert sweeper.overdue(db) == ([], None)
+        assert expired_leases.overdue(db) == ([], None)
         assert db.execute_sql("SELECT count(*) FROM lanes").fetchone()[0] == 1
 
 
 def test_the_sweep_goes_from_webhook_to_webhook_in_short_steps(
     db: Database, manager: WebhookManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeper, "WEBHOOKS", 2)
+    monkeypatch.setattr(expired_leases, "WEBHOOKS", 2)
     ids = sorted(manager.register("http://example.com/", ["goal"], SECRET) for _ in range(5))
     lanes.attach(db, outlet(lanes.Slots(9, 9), lease=-5.0))
     manager.send_event("goal", {})
     found: list[list[str]] = []
     after: str | None = ""
     while after is not None:
-        late, after = sweeper.overdue(db, after)
+        late, after = expired_leases.overdue(db, after)
         found.append(late)
     assert found == [ids[:2], ids[2:4], ids[4:]]
 
