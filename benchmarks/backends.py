@@ -244,7 +244,7 @@ async def published_beside_a_purge(db: Database) -> tuple[float, float, float]:
 
     alone = [await publish() for _ in range(PUBLISHED)]
     start = time.perf_counter()
-    purging = asyncio.ensure_future(retention.keep(storage, 30 * 86400, first=0))
+    purging = asyncio.ensure_future(retention.purge_forever(storage, 30 * 86400, first=0))
     beside: list[float] = []
     while await storage.scan(left):
         beside += [await publish() for _ in range(20)]

@@ -6,7 +6,6 @@ in its webhook's lane. Only committed rows are ever sent: what wakes the worker 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -23,6 +22,7 @@ from uuid_utils import uuid7
 from hookline import clock, lanes, tables
 from hookline.errors import Conflict, Invalid, TooLarge, Unavailable
 from hookline.lanes import Outlet, Slots, Wake
+from hookline.payloads import is_same_json, payload_of
 from hookline.registration import text_problem
 from hookline.store import sql
 from hookline.store.open import adopt
@@ -34,8 +34,6 @@ log = logging.getLogger("hookline")
 EVENT_TYPE = re.compile(r"[!-~]([ -~]{0,198}[!-~])?")
 TEAM_FIELDS = ("home_team", "away_team", "team")
 MAX_KEY = 255  # characters of an idempotency key
-MAX_DEPTH = 64  # of arrays and objects in each other, in whatever is JSON
-TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 TIGHT = 50  # webhooks that are near their share: what the others get too many is given back when it takes its slots
 OWN = "hookline."  # what the types of our own events begin with: nobody else publishes them, and `*` is not for them
 TEST_EVENT = f"{OWN}webhook.test"
@@ -95,7 +93,7 @@ def publish(event_type: str, data: Mapping[str, Any], idempotency_key: str | Non
     TooLarge, Conflict (the key was used with other content), Unavailable.
     """
     if tables.db.obj is None:
-        raise Invalid("no database is bound: make a WebhookManager first, or call tables.db.initialize(database)")
+        raise Invalid("no database is bound: call hookline.connect(...) first, with its URL or your Peewee database")
     adopt(tables.db.obj)
     return publish_one(tables.db.obj, NewEvent(event_type, data, idempotency_key))
 
@@ -118,7 +116,8 @@ def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Ex
     drafts: dict[int, Draft] = {}
     for place, new in enumerate(events):
         try:
-            payload = payload_of(new, clock.legacy_time(now), outlet.max_payload)
+            _check(new)
+            payload = payload_of(new.event_type, new.data, clock.legacy_time(now), outlet.max_payload)
             drafts[place] = Draft(f"{'evt_' if new.only is None else TEST_ID}{uuid7()}", new, payload)
             answers.append(None)
         except (Invalid, TooLarge) as exc:
@@ -136,54 +135,17 @@ def publish_all(db: Database, events: Sequence[NewEvent]) -> list[Published | Ex
     return [answer for answer in answers if answer is not None]
 
 
-def payload_of(new: NewEvent, timestamp: str | None, limit: int) -> str:
-    """The body: the data, then `event_type` and `timestamp`, as compact ASCII JSON. Raises Invalid, TooLarge."""
+def _check(new: NewEvent) -> None:
     if not isinstance(new.event_type, str) or not EVENT_TYPE.fullmatch(new.event_type) or new.event_type == "*":
         raise Invalid("event_type must be 1 to 200 printable ASCII characters, and not *")
     if new.event_type.startswith(OWN) and new.only is None and not new.own:
         raise Invalid(f"event_type must not begin with {OWN}: such events are Hookline's own")
-    if new.idempotency_key is not None and not is_key(new.idempotency_key):
+    if new.idempotency_key is not None and not _is_key(new.idempotency_key):
         raise Invalid(f"idempotency_key must be 1 to {MAX_KEY} printable ASCII characters")
-    if not isinstance(new.data, Mapping) or not all(isinstance(name, str) for name in new.data):
-        raise Invalid("data must be an object")
-    body = {**new.data, "event_type": new.event_type, "timestamp": timestamp}
-    try:
-        payload = json.dumps(body, separators=(",", ":"), allow_nan=False)
-    except RecursionError as exc:
-        raise Invalid(f"data is {TOO_DEEP}") from exc
-    except (TypeError, ValueError) as exc:
-        raise Invalid(f"data is not JSON: {exc}") from exc
-    if len(payload) > limit:
-        raise TooLarge(f"the payload has {len(payload)} bytes, more than MAX_PAYLOAD, {limit}")
-    if payload.count("{") + payload.count("[") > MAX_DEPTH and is_too_deep(body):
-        raise Invalid(f"data is {TOO_DEEP}")
-    if "\\ud" in payload and has_lone_surrogate(body):
-        raise Invalid("data must not contain lone surrogates")
-    return payload
 
 
-def is_key(key: Any) -> bool:
+def _is_key(key: Any) -> bool:
     return isinstance(key, str) and 1 <= len(key) <= MAX_KEY and key.isprintable() and key.isascii()
-
-
-def is_too_deep(value: Any) -> bool:
-    """Are there more than MAX_DEPTH arrays and objects in each other?"""
-    level: list[Any] = [[value]]
-    for _ in range(MAX_DEPTH + 1):
-        inner = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
-        level = [child for child in inner if isinstance(child, dict | list | tuple)]
-        if not level:
-            return False
-    return True
-
-
-def has_lone_surrogate(value: Any) -> bool:
-    """Is there text in this JSON that is not Unicode, and that no answer could show?"""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def subscriptions_to(event_type: str) -> list[str]:
@@ -228,19 +190,11 @@ def _first_answer(db: Database, draft: Draft) -> Published | Exception:
     if row is None:  # purged in this very moment
         return Unavailable("the event of this idempotency key is being purged; nothing was stored, try again")
     event_id, event_type, payload, created_at = row
-    again = payload_of(draft.new, clock.legacy_time(read_time(created_at)), 2**31)
+    again = payload_of(draft.new.event_type, draft.new.data, clock.legacy_time(read_time(created_at)), 2**31)
     if event_type != draft.new.event_type or not is_same_json(payload, again):
         return Conflict("this idempotency key was used before, with other content")
     counted = f"SELECT count(*) FROM deliveries WHERE event_id = {db.param}"
     return Published(event_id, event_type, int(db.execute_sql(counted, (event_id,)).fetchone()[0]), duplicate=True)
-
-
-def is_same_json(one: str, other: str) -> bool:
-    """Do these hold the same, whatever the order of their keys? 1, 1.0 and true are three values."""
-    if one == other:
-        return True
-    first, second = (json.dumps(json.loads(text), sort_keys=True) for text in (one, other))
-    return first == second
 
 
 def _fan_out(db: Database, drafts: Sequence[Draft], outlet: Outlet, now: datetime, since: float) -> Counter[str]:

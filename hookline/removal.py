@@ -46,7 +46,7 @@ def step(db: Database, webhook_id: str) -> bool:
         return int(cursor.rowcount) == BATCH
 
 
-def clear(db: Database, webhook_id: str) -> None:
+def delete_deliveries(db: Database, webhook_id: str) -> None:
     """Delete its deliveries, if there are many. Raises Unavailable."""
     if is_large(db, webhook_id):
         close(db, webhook_id)
@@ -54,7 +54,7 @@ def clear(db: Database, webhook_id: str) -> None:
             time.sleep(0)  # so that who waits for the writer gets it
 
 
-async def clear_beside(storage: Storage, webhook_id: str) -> None:
+async def delete_deliveries_beside(storage: Storage, webhook_id: str) -> None:
     """The same, and rests as long as each step took, for the writers. Raises Unavailable."""
     if await storage.read(is_large, webhook_id):
         await storage.write(close, webhook_id)

@@ -109,7 +109,7 @@ def cancel(db: Database, replay_id: str) -> Row:
         return get(db, replay_id)
 
 
-async def keep(storage: Storage, poll: float = POLL) -> None:
+async def carry_out(storage: Storage, poll: float = POLL) -> None:
     """Carry out the replays that run, a step of each in turn, until cancelled."""
     while True:
         if not await _round(storage):

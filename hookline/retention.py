@@ -44,7 +44,7 @@ class Purged(NamedTuple):
     done: bool
 
 
-async def keep(storage: Storage, retention: float | None, every: float = EVERY, first: float = FIRST) -> None:
+async def purge_forever(storage: Storage, retention: float | None, every: float = EVERY, first: float = FIRST) -> None:
     """Purge what is older than `retention` seconds (None: nothing), again and again, until cancelled."""
     watch = Watch()
     await asyncio.sleep(random.uniform(0, first))

@@ -85,7 +85,7 @@ def unregister(db: Database, webhook_id: str) -> bool:
     If it has many deliveries they go first, in short steps, unless the caller's own transaction is open.
     """
     if not db.in_transaction():
-        removal.clear(db, webhook_id)
+        removal.delete_deliveries(db, webhook_id)
     with transaction(db):
         delete = f"DELETE FROM webhooks WHERE webhook_id = {sql.param(db, 'webhook_id')}"
         return bool(db.execute_sql(delete, {"webhook_id": webhook_id}).rowcount)

@@ -140,7 +140,7 @@ async def test_a_deletion_that_is_cut_off_leaves_a_disabled_webhook_that_can_be_
     wait(db, webhook_id, 1, 1700, stored_time(clock.now()))
     storage = storage_of(db)
     await storage.start()
-    await removal.clear_beside(storage, webhook_id)
+    await removal.delete_deliveries_beside(storage, webhook_id)
     shown = await storage.read(webhooks.get, webhook_id)
     assert (shown["enabled"], shown["disabled_reason"]) == (False, "it is being deleted")
     assert await storage.write(webhooks.unregister, webhook_id)

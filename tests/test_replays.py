@@ -439,7 +439,7 @@ async def test_a_step_waits_briefly_for_a_webhook_that_somebody_holds_and_goes_o
         other.execute_sql("SELECT 1 FROM webhooks FOR UPDATE").fetchall()
         assert not await replays._round(storage)  # it gave way, and says that it goes on later
         assert (pending(db), replays.running(db)) == (0, [replay_id])
-    keeping = asyncio.ensure_future(replays.keep(storage, poll=0.01))
+    keeping = asyncio.ensure_future(replays.carry_out(storage, poll=0.01))
     await until(lambda: replays.get(db, replay_id)["state"] == "finished")
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)

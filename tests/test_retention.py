@@ -212,7 +212,7 @@ async def test_a_worker_purges_again_and_again_until_it_stops(
     await storage.start()
     first = events.publish_one(db, NewEvent("nobody", {}))
     at(NOW)
-    keeping = asyncio.ensure_future(retention.keep(storage, 30 * 86400, every=0.01, first=0))
+    keeping = asyncio.ensure_future(retention.purge_forever(storage, 30 * 86400, every=0.01, first=0))
     for event_id in (first.event_id, None):
         if event_id is None:
             at(OLD)
@@ -287,7 +287,7 @@ async def test_a_clock_that_jumps_forward_by_more_than_a_day_purges_nothing_and_
     monkeypatch.setattr(retention, "Watch", Told)
     storage = storage_of(db)
     await storage.start()
-    keeping = asyncio.ensure_future(retention.keep(storage, 30 * 86400, every=0.01, first=0))
+    keeping = asyncio.ensure_future(retention.purge_forever(storage, 30 * 86400, every=0.01, first=0))
     assert await looked.get()
     monkeypatch.setattr(time, "time", lambda: wall() + 31 * 86400)
     at(NOW)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import datetime
+from inspect import getfile
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from hookline.store.units import connected
 
 ADVISORY_LOCK = 0x686F6F6B6C696E65  # "hookline"; one lock of a PostgreSQL database, for migrations
 UNFINISHED_COPY = "hookline_copy"  # a table that is there while one goes on
-DIRECTORY = Path(__file__).resolve().parents[2] / "migrations"
+DIRECTORY = Path(getfile(tables.Webhook)).resolve().parent / "migrations"  # beside models.py, also in a wheel
 
 
 def status(db: Database, directory: Path = DIRECTORY) -> list[tuple[str, datetime | None]]:

@@ -14,7 +14,7 @@ from peewee import Database
 from hookline.errors import Unavailable
 from hookline.store.failures import error_name, sentence_for
 from hookline.store.storage import GROUP_LIMIT, Storage, T, Write, read_now, resolve, run_all
-from hookline.store.units import require_own, unit
+from hookline.store.units import connected, unit
 
 
 class GroupFailed(Exception):
@@ -39,9 +39,9 @@ class SqliteStorage(Storage):
         self._writer = None
 
     async def start(self) -> None:
-        require_own(self.db)
         self._loop = asyncio.get_running_loop()
-        self.db.connect(reuse_if_open=True)  # the loop's own, for reads: they never span an await or a transaction
+        with connected(self.db):  # raises Unavailable if it cannot be opened
+            pass
         self._writer = threading.Thread(target=self._write_groups, name="hookline-writer", daemon=True)
         self._writer.start()
 
@@ -51,7 +51,6 @@ class SqliteStorage(Storage):
             self._hand_over()
             self._handed_over.put(None)
             await anyio.to_thread.run_sync(writer.join)
-        self.db.close()
         self.db.close_all()  # type: ignore[attr-defined]
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:

@@ -80,8 +80,8 @@ class Worker:
         lanes.attach(self.db, outlet)
         self.storage.listen(self._awake.set)
         self._running = self._loop.create_task(self._run())
-        purge = retention.keep(self.storage, self.rules.retention)
-        chores = (purge, replays.keep(self.storage), heartbeat.beat_forever(self.storage))
+        purge = retention.purge_forever(self.storage, self.rules.retention)
+        chores = (purge, replays.carry_out(self.storage), heartbeat.beat_forever(self.storage))
         self._chores = [self._loop.create_task(chore) for chore in chores]
 
     async def stop(self, grace: float = 5) -> None:

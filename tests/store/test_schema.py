@@ -18,7 +18,7 @@ from hookline.errors import Invalid
 from hookline.store import pool, schema
 from hookline.store.locks import exclusive
 from hookline.store.open import open_database
-from models import Attempt, Delivery, Event, Import, Lane, Replay, Subscription, Webhook, Worker, stored_time
+from models import Attempt, Delivery, Event, Heartbeat, Import, Lane, Replay, Subscription, Webhook, stored_time
 from tests import databases
 from tests.conftest import DATA, ROOT, SECRET, environment, manage, only_postgres, only_sqlite
 from tests.databases import Place
@@ -288,7 +288,7 @@ def filled(db: Database, manager: WebhookManager) -> str:
             "cursor": "[]",
         }
         Replay.insert(replay | {"statuses": "all", "created_at": now}).execute(db)
-        Worker.insert(worker_id="w", host="h", started_at=now, beat_at=now).execute(db)
+        Heartbeat.insert(worker_id="w", host="h", started_at=now, beat_at=now).execute(db)
         Webhook.update(earlier_secrets="[]", total_calls=2**40, failed_calls=2**33).execute(db)
     return webhook_id
 
