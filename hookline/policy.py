@@ -1,4 +1,4 @@
-"""What follows from an attempt: pure functions of what the endpoint did, the schedule and the time."""
+"""Decide what follows from an attempt: pure functions of what the endpoint did, the schedule and the time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DEFAULT = Rules(  # for programs that use the library; the service takes its own
 
 
 class Result(NamedTuple):
-    """What came of one attempt: an answer with a `status_code`, or an `error` without one."""
+    """The result of one attempt: an answer with a `status_code`, or an `error` without one."""
 
     started_at: datetime
     duration_ms: int
@@ -64,7 +64,7 @@ class Outcome(Enum):
 
 
 class Settlement(NamedTuple):
-    """The whole decision after an attempt. Nobody asks for its outcome again."""
+    """The whole decision after an attempt: whoever has it asks for no outcome."""
 
     status: str  # of the delivery: succeeded, pending or failed
     next_attempt_at: datetime | None
@@ -121,7 +121,7 @@ def settle(
 
 
 def is_schedule(steps: Sequence[object]) -> bool:
-    """Can these be the seconds before each retry?"""
+    """Tell whether these can be the seconds before each retry."""
     return all(isinstance(step, int | float) and 0 <= step <= MAX_STEP for step in steps)
 
 
@@ -131,14 +131,14 @@ def lane_backoff(failures: int) -> float:
 
 
 def lane_rest(sent: int, rate_limit: float) -> timedelta:
-    """How long a rate-limited lane rests after so many deliveries: a day at most."""
+    """The rest of a rate-limited lane after so many deliveries: a day at most."""
     return timedelta(seconds=min(sent / rate_limit, MAX_REST))
 
 
 def rest_after(rest: float, failures: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
     """Seconds that a lane, which would rest for `rest` more, still rests after a change of its webhook's settings.
 
-    They are `rate_limit`, `ordered` and `retry_schedule`. What the change does not concern goes on.
+    The settings are `rate_limit`, `ordered` and `retry_schedule`. A rest that the change does not concern goes on.
     """
     if before["ordered"] and not after["ordered"]:
         return 0.0
@@ -155,7 +155,7 @@ def rest_after(rest: float, failures: int, before: Mapping[str, Any], after: Map
 
 
 def lane_budget(failures: int, ordered: bool, rate_limit: float | None, free: int) -> int:
-    """How many deliveries a lane may send at once: half of the free slots; one while it fails or keeps order."""
+    """The deliveries that a lane may send at once: half of the free slots; 1 while it fails or keeps order."""
     if failures or ordered:
         return 1
     share = max(free // 2, 1)
@@ -163,5 +163,5 @@ def lane_budget(failures: int, ordered: bool, rate_limit: float | None, free: in
 
 
 def burst(rate_limit: float) -> int:
-    """How many deliveries a rate-limited lane sends before it rests: a tenth of a second's worth."""
+    """The number of deliveries that a rate-limited lane sends before it rests: a tenth of a second's worth."""
     return max(1, round(rate_limit / 10))

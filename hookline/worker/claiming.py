@@ -42,6 +42,8 @@ def next_due(db: Database, saturated_ids: Sequence[str]) -> datetime | None:
 
 
 class DueLane(NamedTuple):
+    """A row of `due_sql`."""
+
     webhook_id: str
     failures: int
     enabled: bool
@@ -175,7 +177,7 @@ def load(
 
 
 def _contents(db: Database, event_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What jobs take from these events, by id. Jobs of one event share its body."""
+    """The fields that jobs take from these events, by event_id. Jobs of the same event share its body."""
     rows = db.execute_sql(events_sql(db), {"ids": sql.encoded_ids(event_ids)}).fetchall()
     return {
         event_id: {

@@ -1,4 +1,4 @@
-"""How long lanes rest after attempts. Every function runs inside one unit of work.
+"""Set how long lanes rest after attempts. Every function runs inside one unit of work.
 
 A job may have been claimed before its webhook was changed. Its attempt counts for the lane as far as it was made as it
 would be made now.

@@ -77,7 +77,8 @@ class Recorder:
             for webhook_id in list(self._blocked):
                 batch = list(self._blocked[webhook_id])
                 blocked = await self._settle(batch, skip_blocked=True)
-                blocked = self._kept(blocked, "somebody else holds their webhook", time.monotonic() > self._stop_by)
+                give_up = time.monotonic() > self._stop_by
+                blocked = self._kept(blocked, "another transaction locks their webhook", give_up)
                 self._blocked[webhook_id][: len(batch)] = blocked  # behind them is what came back meanwhile
                 self.capacity.block(webhook_id, len(self._blocked[webhook_id]))
                 self._end_all(batch, but=blocked)
@@ -114,7 +115,7 @@ class Recorder:
             return [blocked for settled in batch for blocked in await self._settle([settled], skip_blocked)]
         job, result, _ = batch[0]
         if result.error == UNRECORDABLE:
-            log.error("delivery %s waits for its lease to run out: %s", job.delivery_id, why)
+            log.error("delivery %s waits for its lease to expire: %s", job.delivery_id, why)
             return []
         log.error("delivery %s: %s: %s", job.delivery_id, UNRECORDABLE, why)
         failure = Result(result.started_at, result.duration_ms, error=UNRECORDABLE)

@@ -73,7 +73,7 @@ def _attempted(settled: Settled, now: str) -> Attempted:
 
 
 class WebhookCounts(NamedTuple):
-    """What the attempts of a batch change in the counters of a webhook. Times are stored times."""
+    """The change of a webhook's counters by the attempts of a batch. Times are stored times."""
 
     webhook_id: str
     calls: int = 0

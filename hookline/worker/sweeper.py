@@ -1,4 +1,4 @@
-"""The sweeper: looks for what would never be sent, or stays behind. All in short steps, so that no writer is held up.
+"""Sweep: find what would otherwise be sent never or too late, or stay for ever; in short steps, to hold up no writer.
 
 Every half lease: leases that have expired, secrets that have expired, and rows of deleted parents. At the start, when
 the clock has gone back, and now and then: times that a clock which was ahead has set.
@@ -60,9 +60,9 @@ class Sweeper:
             await self._reopen_lanes()
             await orphans.sweep(self.storage, self._orphans)
         except Unavailable as exc:
-            log.warning("leases that ran out are looked for later: %s", exc)
+            log.warning("expired leases are looked for later: %s", exc)
         except Exception:  # whatever it is, the next sweep comes
-            log.exception("looking for leases that ran out failed")
+            log.exception("looking for expired leases failed")
         self.sweeps += 1
 
     async def _bring_forward(self) -> None:

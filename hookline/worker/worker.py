@@ -226,7 +226,7 @@ class Worker:
                 return await self.storage.read(claiming.load, leases, wake.since)
             except Unavailable as exc:
                 if self._stopping or self._is_too_late(wake.since):
-                    log.error("%s deliveries wait for their leases to run out: %s", len(leases), exc)
+                    log.error("%s deliveries wait for their leases to expire: %s", len(leases), exc)
                     return []
                 await asyncio.sleep(PAUSE)
 
@@ -235,7 +235,7 @@ class Worker:
             if delivery_ids:
                 await self.storage.write(claiming.release, delivery_ids)
         except Unavailable as exc:
-            log.error("%s deliveries wait for their leases to run out: %s", len(delivery_ids), exc)
+            log.error("%s deliveries wait for their leases to expire: %s", len(delivery_ids), exc)
 
     # Jobs that have a slot.
 
