@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import settings
+from hookline import policy
 from tests.conftest import ROOT, manage
 from tests.databases import Place
 
@@ -18,6 +19,22 @@ def test_the_example_file_shows_the_defaults() -> None:
     example = (ROOT / ".env.example").read_text()
     assert settings.load(dict(re.findall(r"^#([A-Z_]+)=(.*)$", example, re.MULTILINE))) == settings.Settings()
     assert settings.load({}) == settings.Settings()
+
+
+def test_the_defaults_are_those_of_the_library() -> None:
+    config = settings.Settings()
+    assert (
+        policy.Rules(
+            retry_schedule=config.retry_schedule,
+            disable_after=config.disable_after,
+            lease=config.lease,
+            timeout=config.delivery_timeout,
+            concurrency=config.worker_concurrency,
+            retention=config.retention,
+            max_payload=config.max_payload,
+        )
+        == policy.DEFAULT
+    )
 
 
 def test_every_setting_is_read() -> None:
