@@ -9,7 +9,7 @@ webhooks, deliveries, lanes, events.
     webhooks.change                       webhook, its deliveries (skips locked ones), its lane
     webhooks.unregister, .delete_oldest  webhook, its deliveries; its lane by the cascade
     replays.record                        webhook, the replay, deliveries, lane
-    imports.write                         webhooks, lanes
+    imports.plan, imports.write           webhooks, lanes
     rotation.rotated, rotation.erase      webhooks (`erase` skips locked ones)
     deliveries.retry, deliveries.cancel   one delivery, its lane
     claiming.release                      deliveries, lanes
