@@ -72,7 +72,7 @@ def stored(db: Database, webhook_id: str) -> str:
 
 
 def sweep(db: Database) -> int:
-    return write_now(db, rotation.erase, found) if (found := rotation.ended(db)) else 0
+    return write_now(db, rotation.erase, found) if (found := rotation.expired(db)) else 0
 
 
 def test_a_receiver_of_the_legacy_header_has_the_whole_overlap_to_change_its_secret(
@@ -187,7 +187,7 @@ def test_what_has_ended_is_found_whatever_the_number_of_webhooks(
     steps: list[str] = []
     db.query_hooks.append(lambda event: steps.extend(plan(db, event.sql, event.params)))
     with db.connection_context():
-        rotation.ended(db)
+        rotation.expired(db)
     db.query_hooks.clear()
     for index in ("idx_webhooks_overlap", "idx_webhooks_earlier"):
         assert any(index in step for step in steps), steps
