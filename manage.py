@@ -34,7 +34,9 @@ from hookline.errors import HooklineError, Invalid, visible
 from hookline.store import notices, schema
 from hookline.store.failures import UNKNOWN, reason
 from hookline.store.open import open_database, require_reachable, storage_of
-from hookline.transfer import databases, imports, json_file
+from hookline.transfer import databases, json_file
+from hookline.transfer.imports import BATCH
+from hookline.transfer.progress import Progress
 
 SHOWN_PROBLEMS = 1000
 
@@ -236,14 +238,14 @@ def copy_command(source_url: str, target_url: str, dry_run: bool, overwrite: boo
     rows, intent = databases.plan(source, target, overwrite)
     if dry_run:
         click.echo("\n".join(f"{name:15} {number:>12,} rows" for name, number in rows.items()))
-        click.echo(f"would {intent}, and copy these")
+        click.echo(f"would {intent.value}, and copy these")
         return
     target = target or opened(target_url, create=True)
-    click.echo(f"to do: {intent}, and copy {sum(rows.values()):,} rows")
+    click.echo(f"to do: {intent.value}, and copy {sum(rows.values()):,} rows")
     with progress_bar() as progress:
         compared = databases.copy(source, target, overwrite=overwrite, progress=progress)
-    for one in compared:
-        click.echo(f"{one.table:15} {one.rows:>12,} rows  {one.checksum[:16]}  same")
+    for table in compared:
+        click.echo(f"{table.table:15} {table.rows:>12,} rows  {table.checksum[:16]}  same")
     click.echo("the copy is whole: set DATABASE_URL to the target, and start")
 
 
@@ -258,6 +260,7 @@ def worker() -> None:
     from assembly import (  # only here: the web server is not needed otherwise
         database_of,
         quiet_gc,
+        running,
         start_logging,
         worker_of,
     )
@@ -271,14 +274,10 @@ def worker() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         storage = storage_of(db, config.database_pool)
-        delivering = worker_of(config, storage)
-        await storage.start()
-        await delivering.start()
-        quiet_gc()
-        click.echo("Hookline delivers")
-        await stopped.wait()
-        await delivering.stop()
-        await storage.stop()
+        async with running(storage, worker_of(config, storage)):
+            quiet_gc()
+            click.echo("Hookline delivers")
+            await stopped.wait()
 
     asyncio.run(work())
 
@@ -378,12 +377,12 @@ def listen(port: int, status: int, secret: str) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[imports.Progress]:
+def progress_bar() -> Iterator[Progress]:
     """A bar on the terminal for each stage of a long file; nothing where there is no terminal."""
     bars: dict[str, Any] = {}
 
     def advance(what: str, done: int, total: int) -> None:
-        if total < imports.BATCH:
+        if total < BATCH:
             return
         if what not in bars:
             bars[what] = click.progressbar(length=total, label=what, file=sys.stderr)

@@ -96,7 +96,7 @@ def publish(event_type: str, data: Mapping[str, Any], idempotency_key: str | Non
     TooLarge, Conflict (the key was used with other content), Unavailable.
     """
     if tables.db.obj is None:
-        raise Invalid("no database is bound: make a WebhookManager first, or call tables.db.initialize(database)")
+        raise Invalid("no database is bound: call hookline.connect(...) first, with its URL or your Peewee database")
     adopt(tables.db.obj)
     return publish_one(tables.db.obj, NewEvent(event_type, data, idempotency_key))
 

@@ -268,7 +268,7 @@ def _change_rest(db: Database, webhook_id: str, change: Callable[[Rest, datetime
     """Set the rest of a lane, unless a delivery is being made in order. `change` gets the rest so far, and now."""
     now = clock.now()
     this = f"webhook_id = {sql.param(db, 'webhook_id')}"
-    lock = f"SELECT open_at, failures FROM lanes WHERE {this}{locks.locked(db, 'lanes')}"
+    lock = f"SELECT open_at, failures FROM lanes WHERE {this}{locks.for_update(db, 'lanes')}"
     making = f"SELECT 1 FROM lanes WHERE {this} AND {making_in_order_sql('lanes')}"
     row = db.execute_sql(lock, {"webhook_id": webhook_id}).fetchone()
     # A statement of its own, so that it sees what was leased while the lock was waited for.

@@ -58,7 +58,7 @@ def count(db: Database, webhook_id: str, since: datetime, until: datetime | None
     for _ in range(WINDOWS_COUNTED):
         if after is None or counted > MOST_COUNTED:
             break
-        with sql.looking(db):
+        with sql.reading(db):
             window = look(db, webhook_of(db, webhook_id), WANTED[status], after, end)
         counted, after = counted + len(window.missing) + len(window.ended), window.after
     else:
@@ -71,7 +71,7 @@ def since(db: Database, webhook_id: str, began: datetime) -> Row:
 
     Raises NotFound, Unavailable.
     """
-    with sql.looking(db):
+    with sql.reading(db):
         first = _first_missed(db, webhook_id, began)
     return {"since": first, **count(db, webhook_id, first)}
 

@@ -154,7 +154,7 @@ def running(db: Database) -> list[str]:
 def find(db: Database, replay_id: str) -> Step | None:
     """The next step of a replay; None if it has ended. Changes nothing. Raises Unavailable."""
     select = Replay.select().where(Replay.replay_id == replay_id, Replay.state == "running")
-    with sql.looking(db):
+    with sql.reading(db):
         rows = list(select.dicts().bind(db).execute())
         return _next_step(db, rows[0]) if rows else None
 
@@ -190,7 +190,7 @@ def record(db: Database, step: Step) -> bool:
     cancelled. Raises Unavailable.
     """
     with transaction(db):
-        locks.wait_briefly(db)
+        locks.limit_lock_waits(db)
         sql.plan_anew(db)
         locks.lock_webhooks(db, [step.webhook_id])
         select = f"SELECT enabled FROM webhooks WHERE webhook_id = {sql.param(db, 'webhook_id')}"

@@ -106,7 +106,7 @@ def erase(db: Database, webhook_ids: Sequence[str]) -> int:
     Returns of how many webhooks. Inside a unit of work.
     """
     now = clock.now()
-    free = set(webhook_ids) - locks.lock_webhooks(db, set(webhook_ids), free=True)
+    free = set(webhook_ids) - locks.lock_webhooks(db, set(webhook_ids), skip_blocked=True)
     select = f"""
         SELECT webhook_id, {COLUMNS} FROM webhooks
         WHERE webhook_id IN (SELECT id FROM {sql.values(db, "webhook_ids", "id")})"""

@@ -216,5 +216,5 @@ def test_matching_seeks_and_never_scans(backend: str, db: Database, manager: Web
 
 def test_publishing_without_a_database_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.db, "obj", None)
-    with pytest.raises(Invalid, match="no database is bound: make a WebhookManager first"):
+    with pytest.raises(Invalid, match=r"no database is bound: call hookline\.connect\(\.\.\.\) first"):
         hookline.publish("goal", {})

@@ -26,7 +26,7 @@ SENTENCES = {
     "57014": BUSY,  # query_canceled, by the time-out of statements
 }
 OF_OPERATORS = frozenset({"42501"})  # failures that Peewee takes for the programmer's
-PASSING = frozenset({"40001", "40P01", "23503"})  # a concurrent change was in the way: also a webhook just deleted
+TRANSIENT = frozenset({"40001", "40P01", "23503"})  # a concurrent change was in the way: also a webhook just deleted
 
 
 def sentence_for(exc: BaseException) -> str:

@@ -121,9 +121,10 @@ def _in_child() -> None:
 def _leave(db: Any) -> bool:
     """Make a database as it was before its first connection; returns whether it is SQLite."""
     is_sqlite, own = isinstance(db, SqliteDatabase), db._state.conn
-    if is_sqlite and own is not None and not getattr(own, "in_transaction", True):
-        with suppress(Exception):
-            own.close()
+    if is_sqlite and own is not None:
+        with suppress(Exception):  # `own` may be closed already
+            if not own.in_transaction:
+                own.close()
     _keep(own)
     db._state.reset()
     if db.thread_safe and not isinstance(db._lock, nullcontext):  # which `PostgresPool` has, and keeps
@@ -133,7 +134,7 @@ def _leave(db: Any) -> bool:
         db._pool_lock = threading.RLock()
         db._pool_available = threading.Condition(db._pool_lock)
         db._connections, db._in_use = [], {}
-        db.is_forking = False
+        db.is_forking, db.connecting = False, 0
     return is_sqlite
 
 

@@ -22,7 +22,7 @@ log = logging.getLogger("hookline")
 BRIEFLY = 500  # ms: others hold what they lock for a few
 
 
-def lock_webhooks(db: Database, values: Collection[str], *, free: bool = False) -> set[str]:
+def lock_webhooks(db: Database, values: Collection[str], *, skip_blocked: bool = False) -> set[str]:
     """Lock these webhooks before what hangs on them, and in one order, so that no two transactions wait for each other.
 
     A webhook's row comes first, as in its deletion, then its deliveries, then its lane. If only the `free` ones are
@@ -31,31 +31,31 @@ def lock_webhooks(db: Database, values: Collection[str], *, free: bool = False) 
     if not is_postgres(db):
         return set()
     select = f"SELECT webhook_id FROM webhooks WHERE webhook_id IN (SELECT id FROM {rows(db, 'id')})"
-    lock = f"{select} ORDER BY webhook_id FOR NO KEY UPDATE{' SKIP LOCKED' if free else ''}"
+    lock = f"{select} ORDER BY webhook_id FOR NO KEY UPDATE{' SKIP LOCKED' if skip_blocked else ''}"
     locked = {webhook_id for (webhook_id,) in db.execute_sql(lock, (ids(values),)).fetchall()}
-    if not free or len(locked) == len(values):
+    if not skip_blocked or len(locked) == len(values):
         return set()
     return {webhook_id for (webhook_id,) in db.execute_sql(select, (ids(set(values) - locked),)).fetchall()}
 
 
-def wait_briefly(db: Database) -> None:
+def limit_lock_waits(db: Database) -> None:
     """For the rest of this transaction: rather fail (LOCKED) than wait long for what somebody holds on to."""
     if is_postgres(db):
         db.execute_sql(f"SET LOCAL lock_timeout = {BRIEFLY}")
 
 
-def locked(db: Database, table: str) -> str:
+def for_update(db: Database, table: str) -> str:
     """Lock the rows; wait for those that others hold. SQLite has one writer, so there are none."""
     return f" FOR UPDATE OF {table}" if is_postgres(db) else ""
 
 
 def skip_locked(db: Database, table: str) -> str:
     """Lock the rows; leave to others those that they hold."""
-    return f"{locked(db, table)} SKIP LOCKED" if is_postgres(db) else ""
+    return f"{for_update(db, table)} SKIP LOCKED" if is_postgres(db) else ""
 
 
 @contextmanager
-def alone(db: Database, lock: int, busy: str = "") -> Iterator[None]:
+def exclusive(db: Database, lock: int, busy: str = "") -> Iterator[None]:
     """One process at a time, on one database: others wait, and say so, or raise Conflict if `busy` has a sentence.
 
     `lock` is the number of an advisory lock of PostgreSQL. SQLite's lock is on the folder: no lock file is left behind.

@@ -14,9 +14,9 @@ from peewee import Database
 
 from hookline.errors import Unavailable
 from hookline.store import locks, notices
-from hookline.store.failures import LOCKED, PASSING, error_name, is_lost, sentence_for
+from hookline.store.failures import LOCKED, TRANSIENT, error_name, is_lost, sentence_for
 from hookline.store.notices import Notices
-from hookline.store.storage import GROUP_LIMIT, Job, Storage, T, deliver, read_now
+from hookline.store.storage import GROUP_LIMIT, Storage, T, Write, read_now, resolve
 from hookline.store.units import Unknown, Unreachable, unit
 
 PAUSE = 0.02  # seconds between tries, at most
@@ -34,7 +34,7 @@ class PostgresStorage(Storage):
     def __init__(self, db: Database, pool_size: int) -> None:
         super().__init__(db)
         self._pool_size = pool_size
-        self._groups: dict[Callable[..., Any], list[Job]] = {}  # what waits, by the function that takes it together
+        self._groups: dict[Callable[..., Any], list[Write]] = {}  # what waits, by the function that takes it together
         self._running: set[asyncio.Future[Any]] = set()
         self._refusing = True
         self._notices = Notices(db, self._notify_now)
@@ -74,13 +74,13 @@ class PostgresStorage(Storage):
 
     async def write_together(self, fn: Callable[[Database, list[Any]], Sequence[T]], item: Any) -> T:
         self._require_open()
-        job = Job(fn, (item,), self._loop.create_future(), together=True)
+        write = Write(fn, (item,), self._loop.create_future(), together=True)
         if fn in self._groups:
-            self._groups[fn].append(job)
+            self._groups[fn].append(write)
         else:
-            self._groups[fn] = [job]
+            self._groups[fn] = [write]
             self._tracked(self._write_groups(fn))
-        answer: T = await job.future
+        answer: T = await write.future
         return answer
 
     def listen(self, wake: Callable[[], None]) -> None:
@@ -109,30 +109,30 @@ class PostgresStorage(Storage):
         while group := self._groups[fn][:GROUP_LIMIT]:
             del self._groups[fn][:GROUP_LIMIT]
             try:
-                deliver(group, await self._in_thread(write_now, self.db, together, fn, group))
+                resolve(group, await self._in_thread(write_now, self.db, together, fn, group))
             except Exception as exc:
                 if isinstance(exc, Unknown) or is_lost(exc) or (len(group) == 1 and error_name(exc) != LOCKED):
-                    deliver(group, [exc] * len(group))
+                    resolve(group, [exc] * len(group))
                 else:
-                    for job in group:
-                        self._tracked(self._write_alone(job))
+                    for write in group:
+                        self._tracked(self._write_alone(write))
         del self._groups[fn]
 
-    async def _write_alone(self, job: Job) -> None:
+    async def _write_alone(self, write: Write) -> None:
         """In a transaction of its own, so that it neither fails others nor has them wait."""
         try:
-            deliver([job], [await self._in_thread(write_now, self.db, job.run)])
+            resolve([write], [await self._in_thread(write_now, self.db, write.run)])
         except Exception as exc:
-            deliver([job], [exc])
+            resolve([write], [exc])
 
     async def _notify_now(self) -> None:
         await self._in_thread(read_now, self.db, notices.send)
 
 
-def together(db: Database, fn: Callable[..., Any], group: list[Job]) -> list[Any]:
-    """An answer for each job. If one waits for a lock that somebody holds on to, the others soon go on without it."""
-    locks.wait_briefly(db)
-    return list(fn(db, [job.args[0] for job in group]))
+def together(db: Database, fn: Callable[..., Any], group: list[Write]) -> list[Any]:
+    """An answer for each write. If one waits for a lock that somebody holds on to, the others soon go on without it."""
+    locks.limit_lock_waits(db)
+    return list(fn(db, [write.args[0] for write in group]))
 
 
 def write_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
@@ -147,10 +147,10 @@ def write_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
         except Unknown:
             raise
         except Exception as exc:
-            if left and (error_name(exc) in PASSING or (is_lost(exc) and not isinstance(exc, Unreachable))):
+            if left and (error_name(exc) in TRANSIENT or (is_lost(exc) and not isinstance(exc, Unreachable))):
                 time.sleep(random.uniform(0, PAUSE))  # so that two that collided do not collide again
                 continue
-            if error_name(exc) in PASSING:
+            if error_name(exc) in TRANSIENT:
                 raise Unavailable(sentence_for(exc)) from exc
             raise
     raise AssertionError("unreachable")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import datetime
+from inspect import getfile
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +19,13 @@ from playhouse.schema_diff import diff_models
 from hookline import tables
 from hookline.errors import Conflict, HooklineError, Invalid, Unavailable
 from hookline.store.failures import LOCKED, error_name, reason
-from hookline.store.locks import alone
+from hookline.store.locks import exclusive
 from hookline.store.pool import is_postgres
 from hookline.store.units import connected
 
 ADVISORY_LOCK = 0x686F6F6B6C696E65  # "hookline"; one lock of a PostgreSQL database, for migrations
 UNFINISHED_COPY = "hookline_copy"  # a table that is there while one goes on
-DIRECTORY = Path(__file__).resolve().parents[2] / "migrations"
+DIRECTORY = Path(getfile(tables.Webhook)).resolve().parent / "migrations"  # beside models.py, also in a wheel
 
 
 def status(db: Database, directory: Path = DIRECTORY) -> list[tuple[str, datetime | None]]:
@@ -87,7 +88,7 @@ def _run(db: Database, directory: Path, target: str | None, direction: Literal["
     runner = Runner(db, str(directory))
     if target is not None and not (directory / f"{target}.py").exists():
         raise Invalid(f"there is no migration {target}: see  python manage.py migrate status")
-    with connected(db), alone(db, ADVISORY_LOCK):
+    with connected(db), exclusive(db, ADVISORY_LOCK):
         if not any(bool(migration.applied) == (direction == "down") for migration in runner.status()):
             return []  # without a transaction, which might wait for another's
         try:

@@ -121,7 +121,7 @@ def plan_anew(db: Database) -> None:
 
 
 @contextmanager
-def looking(db: Database) -> Iterator[None]:
+def reading(db: Database) -> Iterator[None]:
     """Read, with plans made anew. On SQLite outside a transaction, which would be the writer's."""
     with connected(db):
         if not is_postgres(db):

@@ -13,8 +13,8 @@ from peewee import Database
 
 from hookline.errors import Unavailable
 from hookline.store.failures import error_name, sentence_for
-from hookline.store.storage import GROUP_LIMIT, Job, Storage, T, deliver, read_now, run_all
-from hookline.store.units import require_own, unit
+from hookline.store.storage import GROUP_LIMIT, Storage, T, Write, read_now, resolve, run_all
+from hookline.store.units import connected, unit
 
 
 class GroupFailed(Exception):
@@ -30,8 +30,8 @@ class SqliteStorage(Storage):
 
     def __init__(self, db: Database) -> None:
         super().__init__(db)
-        self._waiting: list[Job] = []  # of this turn of the event loop
-        self._jobs: SimpleQueue[list[Job] | None] = SimpleQueue()
+        self._waiting: list[Write] = []  # of this turn of the event loop
+        self._handed_over: SimpleQueue[list[Write] | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
 
     def forked(self) -> None:
@@ -39,9 +39,9 @@ class SqliteStorage(Storage):
         self._writer = None
 
     async def start(self) -> None:
-        require_own(self.db)
         self._loop = asyncio.get_running_loop()
-        self.db.connect(reuse_if_open=True)  # the loop's own, for reads: they never span an await or a transaction
+        with connected(self.db):  # raises Unavailable if it cannot be opened
+            pass
         self._writer = threading.Thread(target=self._write_groups, name="hookline-writer", daemon=True)
         self._writer.start()
 
@@ -49,9 +49,8 @@ class SqliteStorage(Storage):
         writer, self._writer = self._writer, None  # from here on writes are refused, not queued behind the end
         if writer is not None:
             self._hand_over()
-            self._jobs.put(None)
+            self._handed_over.put(None)
             await anyio.to_thread.run_sync(writer.join)
-        self.db.close()
         self.db.close_all()  # type: ignore[attr-defined]
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:
@@ -74,34 +73,34 @@ class SqliteStorage(Storage):
         if not self._waiting:  # the writer gets all writes of this turn of the loop at once
             self._loop.call_soon(self._hand_over)
         future = self._loop.create_future()
-        self._waiting.append(Job(fn, args, future, together))
+        self._waiting.append(Write(fn, args, future, together))
         return future
 
     def _hand_over(self) -> None:
         if self._waiting:
-            self._jobs.put(self._waiting)
+            self._handed_over.put(self._waiting)
             self._waiting = []
 
     def _write_groups(self) -> None:
         while (group := self._next_group()) is not None:
             answers = self._commit(group)
-            self._loop.call_soon_threadsafe(deliver, group, answers)
+            self._loop.call_soon_threadsafe(resolve, group, answers)
 
-    def _next_group(self) -> list[Job] | None:
+    def _next_group(self) -> list[Write] | None:
         """All that is waiting, at least one; None once stopped."""
-        jobs = self._jobs.get()
-        if jobs is None:
+        writes = self._handed_over.get()
+        if writes is None:
             return None
-        group = list(jobs)
-        while len(group) < GROUP_LIMIT and not self._jobs.empty():
-            jobs = self._jobs.get()
-            if jobs is None:
-                self._jobs.put(None)
+        group = list(writes)
+        while len(group) < GROUP_LIMIT and not self._handed_over.empty():
+            writes = self._handed_over.get()
+            if writes is None:
+                self._handed_over.put(None)
                 break
-            group += jobs
+            group += writes
         return group
 
-    def _commit(self, group: list[Job]) -> list[Any]:
+    def _commit(self, group: list[Write]) -> list[Any]:
         """An answer for each write of the group: its result, or the exception it must raise.
 
         Most groups have no failing write, so a group is first run without savepoints, which cost as much as the
@@ -115,18 +114,18 @@ class SqliteStorage(Storage):
                 return [Unavailable(sentence_for(exc))] * len(group)
             return self._commit_each(group)
 
-    def _commit_each(self, group: list[Job]) -> list[Any]:
+    def _commit_each(self, group: list[Write]) -> list[Any]:
         try:
             with unit(self.db):
-                return [self._attempt(job) for job in group]
+                return [self._attempt(write) for write in group]
         except Exception as exc:
             failure = exc if isinstance(exc, Unavailable) else Unavailable(sentence_for(exc))
             return [failure] * len(group)
 
-    def _attempt(self, job: Job) -> Any:
+    def _attempt(self, write: Write) -> Any:
         try:
             with self.db.atomic():
-                return job.run(self.db)
+                return write.run(self.db)
         except Exception as exc:
             # A full disk or an I/O error may have ended the whole transaction, the neighbours' writes with it.
             if not self._still_in_transaction() or error_name(exc) not in ("", "SQLITE_CONSTRAINT"):

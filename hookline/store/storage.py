@@ -42,11 +42,11 @@ def read_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
         return fn(db, *args)
 
 
-class Job(NamedTuple):
+class Write(NamedTuple):
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     future: asyncio.Future[Any]
-    together: bool  # does `fn` take a list of the single argument of every such job, and return a list?
+    together: bool  # does `fn` take a list of the single argument of every such write, and return a list?
 
     def run(self, db: Database) -> Any:
         return self.fn(db, list(self.args))[0] if self.together else self.fn(db, *self.args)
@@ -102,15 +102,15 @@ class Storage:
         """Tell the other processes, soon, that something is queued. From any thread; one lost costs them a poll."""
 
 
-def run_all(db: Database, group: Sequence[Job]) -> list[Any]:
-    """The answer of each job, those that can run together in one call."""
+def run_all(db: Database, group: Sequence[Write]) -> list[Any]:
+    """The answer of each write, those that can run together in one call."""
     answers: list[Any] = [None] * len(group)
     sets: dict[Callable[..., Any], list[int]] = {}
-    for place, job in enumerate(group):
-        if job.together:
-            sets.setdefault(job.fn, []).append(place)
+    for place, write in enumerate(group):
+        if write.together:
+            sets.setdefault(write.fn, []).append(place)
         else:
-            answers[place] = job.run(db)
+            answers[place] = write.run(db)
     for function, places in sets.items():
         results = function(db, [group[place].args[0] for place in places])
         for place, result in zip(places, results, strict=True):
@@ -118,11 +118,11 @@ def run_all(db: Database, group: Sequence[Job]) -> list[Any]:
     return answers
 
 
-def deliver(group: list[Job], answers: list[Any]) -> None:
-    for job, answer in zip(group, answers, strict=True):
-        if job.future.done():  # the client went away
+def resolve(group: list[Write], answers: list[Any]) -> None:
+    for write, answer in zip(group, answers, strict=True):
+        if write.future.done():  # the client went away
             continue
         if isinstance(answer, Exception):
-            job.future.set_exception(answer)
+            write.future.set_exception(answer)
         else:
-            job.future.set_result(answer)
+            write.future.set_result(answer)

@@ -21,7 +21,7 @@ from playhouse.pool import MaxConnectionsExceeded
 
 from hookline.errors import Invalid, Unavailable
 from hookline.store import forks
-from hookline.store.failures import FAILURES, OF_OPERATORS, PASSING, error_name, is_lost, sentence_for
+from hookline.store.failures import FAILURES, OF_OPERATORS, TRANSIENT, error_name, is_lost, sentence_for
 
 log = logging.getLogger("hookline")
 
@@ -90,7 +90,7 @@ def transaction(db: Database) -> Iterator[None]:
             with db.atomic() if db.in_transaction() else unit(db):
                 yield
         except IntegrityError as exc:
-            if error_name(exc) in PASSING:
+            if error_name(exc) in TRANSIENT:
                 raise Unavailable(sentence_for(exc)) from exc
             raise
 

@@ -82,8 +82,8 @@ def claim(db: Database, rules: Rules, free: int, in_flight: Mapping[str, int], b
     given = (stored_time(now), sql.ids(busy))
     due = db.execute_sql(due_sql(db, locks.skip_locked(db, "l")), given).fetchall()
     if not due:  # others hold all that are due, perhaps who publishes to them without pause: stand in line for one
-        locks.wait_briefly(db)
-        due = db.execute_sql(due_sql(db, locks.locked(db, "l"), at_once=1), given).fetchall()
+        locks.limit_lock_waits(db)
+        due = db.execute_sql(due_sql(db, locks.for_update(db, "l"), at_once=1), given).fetchall()
     leased: list[tuple[int, str]] = []
     lanes: dict[str, tuple[int, str | None, str | None]] = {}
     for webhook_id, failures, enabled, ordered, rate_limit in due:

@@ -114,7 +114,7 @@ def bring_forward(db: Database, rules: Rules, deliveries: Sequence[Misdated], la
     now = stored_time(clock.now())
     lost = stored_time(clock.now() + timedelta(seconds=rules.lease))
     moment = sql.moment(db)
-    locks.wait_briefly(db)
+    locks.limit_lock_waits(db)
     statement = f"""
         UPDATE deliveries SET next_attempt_at = CASE WHEN leased THEN {moment} ELSE {moment} END
         FROM {sql.rows(db, "id bigint", "due timestamptz")}

@@ -15,7 +15,7 @@ from hookline import clock
 from hookline.errors import Unavailable
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
-from hookline.tables import Worker
+from hookline.tables import Heartbeat
 
 log = logging.getLogger("hookline")
 
@@ -47,21 +47,21 @@ def beat(db: Database, worker_id: str, started_at: datetime) -> None:
     now = clock.now()
     row = {"worker_id": worker_id, "host": socket.gethostname(), "started_at": started_at, "beat_at": now}
     with transaction(db):
-        insert = Worker.insert(row).on_conflict(conflict_target=[Worker.worker_id], preserve=[Worker.beat_at])
+        insert = Heartbeat.insert(row).on_conflict(conflict_target=[Heartbeat.worker_id], preserve=[Heartbeat.beat_at])
         insert.execute(db)
-        silent = (Worker.beat_at < now - FORGOTTEN) | (Worker.beat_at > now + FORGOTTEN)
-        Worker.delete().where(silent).execute(db)
+        silent = (Heartbeat.beat_at < now - FORGOTTEN) | (Heartbeat.beat_at > now + FORGOTTEN)
+        Heartbeat.delete().where(silent).execute(db)
 
 
 def leave(db: Database, worker_id: str) -> None:
     """Forget a worker. Raises Unavailable."""
     with transaction(db):
-        Worker.delete().where(Worker.worker_id == worker_id).execute(db)
+        Heartbeat.delete().where(Heartbeat.worker_id == worker_id).execute(db)
 
 
 def problem(db: Database) -> str | None:
     """What is wrong if no worker beats anywhere, else None. Raises Unavailable."""
     now = clock.now()
-    alive = Worker.select(Worker.worker_id).where(Worker.beat_at.between(now - ALIVE, now + ALIVE)).limit(1)
+    alive = Heartbeat.select(Heartbeat.worker_id).where(Heartbeat.beat_at.between(now - ALIVE, now + ALIVE)).limit(1)
     with connected(db):
         return None if alive.scalar(db) is not None else NONE_BEATS

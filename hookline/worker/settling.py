@@ -40,8 +40,8 @@ def settle(db: Database, settled: Sequence[Settled], delinquent_since: str, only
     somebody else holds are left out. Waits but briefly: then it fails, with LOCKED.
     """
     now = stored_time(clock.now())
-    locks.wait_briefly(db)
-    held = locks.lock_webhooks(db, {one.job.webhook_id for one in settled}, free=only_free)
+    locks.limit_lock_waits(db)
+    held = locks.lock_webhooks(db, {one.job.webhook_id for one in settled}, skip_blocked=only_free)
     left = [one for one in settled if one.job.webhook_id in held]
     if left:
         settled = [one for one in settled if one.job.webhook_id not in held]

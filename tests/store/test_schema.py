@@ -16,9 +16,9 @@ from peewee import Database
 from hookline import WebhookManager, clock
 from hookline.errors import Invalid
 from hookline.store import pool, schema
-from hookline.store.locks import alone
+from hookline.store.locks import exclusive
 from hookline.store.open import open_database
-from models import Attempt, Delivery, Event, Import, Lane, Replay, Subscription, Webhook, Worker, stored_time
+from models import Attempt, Delivery, Event, Heartbeat, Import, Lane, Replay, Subscription, Webhook, stored_time
 from tests import databases
 from tests.conftest import DATA, ROOT, SECRET, environment, manage, only_postgres, only_sqlite
 from tests.databases import Place
@@ -205,7 +205,7 @@ def test_who_waits_for_another_migration_is_told_so(empty: Place) -> None:
     db = open_database(empty.url, create=True)
     command = [sys.executable, str(ROOT / "manage.py"), "migrate", "up"]
     env = environment(DATABASE_URL=empty.url)
-    with db.connection_context(), alone(db, schema.ADVISORY_LOCK):
+    with db.connection_context(), exclusive(db, schema.ADVISORY_LOCK):
         second = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert second.stderr and second.stderr.readline() == "waiting for another process that works on this database\n"
     assert second.communicate(timeout=60)[0] == APPLIED
@@ -288,7 +288,7 @@ def filled(db: Database, manager: WebhookManager) -> str:
             "cursor": "[]",
         }
         Replay.insert(replay | {"statuses": "all", "created_at": now}).execute(db)
-        Worker.insert(worker_id="w", host="h", started_at=now, beat_at=now).execute(db)
+        Heartbeat.insert(worker_id="w", host="h", started_at=now, beat_at=now).execute(db)
         Webhook.update(earlier_secrets="[]", total_calls=2**40, failed_calls=2**33).execute(db)
     return webhook_id
 

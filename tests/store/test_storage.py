@@ -27,6 +27,7 @@ from hookline.store.storage import Storage
 from hookline.store.units import connected
 from tests.conftest import SECRET, only_postgres, only_sqlite
 from tests.databases import Place, Postgres, execute, named, plan, wait_for_a_waiter
+from tests.store.handles import in_use
 
 PRIMARY = "PRIMARY KEY|subscriptions_pkey"
 
@@ -138,14 +139,11 @@ async def test_stopping_finishes_what_was_accepted(db: Database) -> None:
 
 
 @only_sqlite
-async def test_between_calls_the_loop_alone_holds_a_connection_and_no_transaction(
-    db: Database, storage: Storage
-) -> None:
+async def test_between_calls_nobody_holds_a_connection(db: Database, storage: Storage) -> None:
     for call in (storage.read, storage.scan, storage.write):
         await call(count)
-    await storage.write(count)
-    assert len(db._in_use) == 1  # type: ignore[attr-defined]
-    assert not db.connection().in_transaction
+        assert db.is_closed()
+        assert in_use(db) == 0
     other = open_database(f"sqlite:///{db.database}")  # an idle reader must not keep the log from being reset
     with other.connection_context():
         assert other.execute_sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0

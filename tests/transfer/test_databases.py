@@ -21,7 +21,7 @@ from hookline import WebhookManager, deliveries, events
 from hookline.errors import Conflict, Invalid, Unavailable
 from hookline.store import schema
 from hookline.store.open import open_database
-from hookline.transfer import databases
+from hookline.transfer import databases, rows
 from models import Attempt, Delivery, Webhook
 from tests import databases as places
 from tests.conftest import DATA, ROOT, SECRET, environment, manage, running
@@ -82,11 +82,11 @@ def fill(db: Database) -> None:
         ).execute(db)
 
 
-def contents(db: Database) -> dict[str, list[databases.Row]]:
+def contents(db: Database) -> dict[str, list[rows.CopiedRow]]:
     with db.connection_context():
         return {
-            table.name: sorted((row for rows in databases.read_batches(db, table, 100) for row in rows), key=repr)
-            for table in databases.TABLES
+            table.name: sorted((row for batch in rows.read_batches(db, table, 100) for row in batch), key=repr)
+            for table in rows.TABLES
         }
 
 
@@ -99,8 +99,8 @@ def test_every_row_is_on_the_other_side_as_it_was(tmp_path: Path, first: str, se
         assert all(before.values())
         compared = databases.copy(source, target, batch=3)
         assert contents(target) == before == contents(source)
-        assert [(one.table, one.rows, one.same) for one in compared] == [
-            (name, len(rows), True) for name, rows in before.items()
+        assert [(table.table, table.rows, table.same) for table in compared] == [
+            (name, len(values), True) for name, values in before.items()
         ]
         assert schema.diff(target) == ""
         schema.require_current(target)
@@ -130,7 +130,7 @@ def test_json_to_sqlite_to_postgres_and_back_to_json_is_the_same(tmp_path: Path)
         done = manage(source, "copy", "--from", source.url, "--to", target.url)
         assert (done.returncode, done.stderr) == (0, "")
         assert "to do: migrate the target, which has none of our tables, and copy" in done.stdout
-        assert done.stdout.count("  same\n") == len(databases.TABLES)
+        assert done.stdout.count("  same\n") == len(rows.TABLES)
         assert manage(target, "export", str(back)).returncode == 0
         assert json.loads(back.read_text()) == json.loads(file.read_text())
         assert "your-secure-secret" not in done.stdout
@@ -168,7 +168,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ba
 
 INTERRUPTED = """
 import sys
-from hookline.transfer import databases
+from hookline.transfer import databases, rows
 from hookline.store.open import open_database
 seen = [0]
 def progress(what, done, total):
@@ -224,7 +224,7 @@ def test_a_copy_that_was_killed_goes_on_where_it_was(tmp_path: Path, first: str,
             target,
             progress=lambda what, done, total: seen.append(done) if what == "copied deliveries" else None,
         )
-        assert all(one.same for one in compared)
+        assert all(table.same for table in compared)
         assert seen[0] > half
         assert contents(target) == contents(source)
 
@@ -432,8 +432,8 @@ def test_wrong_urls_are_one_line_without_the_password(tmp_path: Path) -> None:
 
 
 def test_every_table_is_copied() -> None:
-    assert {table.name for table in databases.TABLES} == {
-        str(model._meta.table_name) for model in models.TABLES if model is not models.Worker
+    assert {table.name for table in rows.TABLES} == {
+        str(model._meta.table_name) for model in models.TABLES if model is not models.Heartbeat
     }
 
 

@@ -83,8 +83,8 @@ def test_what_changed_in_the_file_alone_comes_over_beside_what_changed_here(
     assert counts(import_file(db, file)) == (0, 1, 1, 0)
     webhook = row(db)
     assert (webhook["url"], webhook["events"], webhook["secret"]) == ("https://example.com/new", '["c"]', SECRET)
-    assert [one["webhook_id"] for one in manager.list(event="c")] == ["x"]
-    assert [one["webhook_id"] for one in manager.list(event="game_started")] == ["y"]
+    assert [webhook["webhook_id"] for webhook in manager.list(event="c")] == ["x"]
+    assert [webhook["webhook_id"] for webhook in manager.list(event="game_started")] == ["y"]
     assert counts(import_file(db, file)) == (0, 0, 2, 0)
 
 
@@ -218,7 +218,7 @@ def test_a_secret_of_the_file_is_taken_at_once_without_an_overlap(
 def test_what_an_import_notes_holds_no_secret(db: Database, file: Path) -> None:
     import_file(db, file)
     with db.connection_context():
-        notes = {one.webhook_id: json.loads(one.entry) for one in Import.select().bind(db).execute()}
+        notes = {row.webhook_id: json.loads(row.entry) for row in Import.select().bind(db).execute()}
     assert {name: notes["x"][name] for name in ("url", "events", "team", "enabled")} == {
         name: ENTRY[name] for name in ("url", "events", "team", "enabled")
     }
@@ -243,7 +243,7 @@ def test_an_entry_that_leaves_fields_out_says_nothing_of_them(
 
 @pytest.mark.parametrize("team", [None, "", 'a "quoted" \\ team', "größer 🏈\x1b"])
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_note_is_the_json_of_its_entry(team: str | None, enabled: bool) -> None:
+def test_the_text_of_a_note_is_its_json(team: str | None, enabled: bool) -> None:
     row: dict[str, Any] = {
         "webhook_id": "x",
         "url": 'https://example.com/"\u2028',
@@ -254,7 +254,7 @@ def test_a_note_is_the_json_of_its_entry(team: str | None, enabled: bool) -> Non
         "created_at": "2025-10-19T17:00:05.123456Z",
         "enabled": enabled,
     }
-    assert imports.note_of(row) == json.dumps(imports.entry_of(row))
+    assert imports.note_text(row) == json.dumps(imports.note_of(row))
 
 
 def test_ids_of_strangers_do_not_drive_the_terminal(place: Place, tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from hookline.store import sql
 from hookline.store.open import open_database, storage_of
 from hookline.worker import heartbeat
 from hookline.worker.worker import Worker
-from models import Worker as WorkerRow
-from models import stored_time
+from models import Heartbeat, stored_time
 from tests.conftest import SECRET, Server, running
 from tests.databases import Place, plan, read_whole
 from tests.faults.load import worker
@@ -28,7 +27,7 @@ NONE = (503, {"detail": heartbeat.NONE_BEATS})
 
 def rows(db: Database) -> list[dict[str, Any]]:
     with db.connection_context():
-        return list(WorkerRow.select().dicts().bind(db).execute())
+        return list(Heartbeat.select().dicts().bind(db).execute())
 
 
 def ready(server: Server) -> tuple[int, Any]:
