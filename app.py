@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 import settings
-from assembly import database_of, quiet_gc, start_logging, worker_of
+from assembly import database_of, quiet_gc, running, start_logging, worker_of
 from hookline import lanes
 from hookline.errors import HooklineError, visible
 from hookline.store.failures import reason
@@ -25,28 +25,24 @@ from web.access import Access
 from web.protocol import Protocol, Server, listen
 from web.services import Services
 
-SHUTDOWN_TIMEOUT = 10  # seconds that open requests get
+SHUTDOWN_TIMEOUT = 10  # seconds that open requests have to end
 
 
 def create_app(config: settings.Settings) -> Starlette:
-    """The service on the database of `config`. Raises Conflict while migrations are pending."""
+    """Assemble the service. Raises Unavailable, and Conflict while migrations of its database are pending."""
     db = database_of(config)
     storage = storage_of(db, config.database_pool)
     worker = worker_of(config, storage) if config.run_worker else None
-    lanes.attach(db, lanes.Outlet(config.max_payload, config.lease, wake=lambda wake: storage.notify()))
-
-    def worker_problem(db: Database) -> str | None:
-        return heartbeat.problem(db) if worker is None else worker.problem()
+    # Events are published to other processes' workers, until our own worker starts and attaches itself.
+    lanes.attach(db, lanes.outlet_without_worker(config.max_payload, storage.notify))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await storage.start()
-        if worker is not None:
-            await worker.start()
-        yield
-        if worker is not None:
-            await worker.stop()
-        await storage.stop()
+        async with running(storage, worker):
+            yield
+
+    def worker_problem(db: Database) -> str | None:
+        return heartbeat.problem(db) if worker is None else worker.problem()
 
     app = Starlette(
         routes=[*api.routes, *operations.routes],
@@ -65,7 +61,7 @@ def create_app(config: settings.Settings) -> Starlette:
 
 @contextmanager
 def or_exit() -> Iterator[None]:
-    """Whatever keeps the service from starting is one line, and exit status 1."""
+    """Exit with status 1 and one line that says why the service cannot start."""
     try:
         yield
     except (settings.BadSetting, HooklineError, OSError) as exc:
@@ -75,7 +71,7 @@ def or_exit() -> Iterator[None]:
 
 
 def __getattr__(name: str) -> Any:
-    """`app`, made when a server asks for it, so that importing this module does nothing."""
+    """Make `app` when a server asks for it: importing this module does nothing."""
     if name == "app":
         with or_exit():
             return create_app(settings.load())
@@ -98,10 +94,10 @@ def main() -> None:
         ws="none",
         workers=1,
         log_level=config.log_level,
-        log_config=None,  # what strangers sent is in its lines, too: they are written as ours
+        log_config=None,  # its lines go through our formatter: they hold text that strangers sent
         access_log=config.log_level == "debug",
         proxy_headers=bool(config.trusted_proxies),
-        forwarded_allow_ips=[str(network) for network in config.trusted_proxies],  # not those of FORWARDED_ALLOW_IPS
+        forwarded_allow_ips=[str(network) for network in config.trusted_proxies],  # not $FORWARDED_ALLOW_IPS
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
     )

@@ -273,8 +273,8 @@ Replay.add_index(Replay.webhook, Replay.replay_id, name="idx_replays_webhook")
 Replay.add_index(Replay.replay_id, where=SQL("state = 'running'"), name="idx_replays_running")
 
 
-class Worker(Table):
-    """A worker that delivers, and when it last said so: its heartbeat."""
+class Heartbeat(Table):
+    """A worker that delivers, and when it last wrote that it is alive."""
 
     worker_id = TextField(primary_key=True)
     host = TextField()
@@ -285,4 +285,4 @@ class Worker(Table):
         table_name = "workers"
 
 
-TABLES: list[type[Model]] = [Webhook, Subscription, Event, Delivery, Attempt, Lane, Import, Replay, Worker]
+TABLES: list[type[Model]] = [Webhook, Subscription, Event, Delivery, Attempt, Lane, Import, Replay, Heartbeat]

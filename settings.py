@@ -1,22 +1,26 @@
-"""Every setting, from the environment or `.env`: typed, checked and frozen. The only reader of the environment."""
+"""Settings, from the environment or `.env`: typed, checked and frozen.
+
+Nothing else reads the environment, and no other place has defaults for the service.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from dotenv import dotenv_values
 
 SIZES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # seconds
-LONGEST = 36500 * 86400.0  # seconds, a century: dates end somewhere
+LONGEST = 36500 * 86400.0  # seconds, a century: no date may be after the year 9999
 SHORTEST_KEY = 16  # characters of an API key
-MARGIN = 2  # seconds of a lease that settling a delivery may take
+MARGIN = 2  # seconds that settling a delivery may take: part of its lease
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-EPHEMERAL = {  # what each host sets in the environment of its processes
+EPHEMERAL = {  # a variable that a host sets for its processes, and the name of the host
     "DYNO": "Heroku",
     "RENDER": "Render",
     "RAILWAY_ENVIRONMENT": "Railway",
@@ -29,7 +33,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class BadSetting(Exception):
-    """One line that names the setting and what it must be."""
+    """A setting that cannot be used. The message is one line, and says what the setting must be."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,11 @@ class Settings:
     allowed_networks: tuple[Network, ...] = ()
     run_worker: bool = True
     worker_concurrency: int = 256  # requests in flight
-    delivery_timeout: float = 15  # seconds, as are all below
-    lease: float = 60
+    delivery_timeout: float = 15.0  # seconds, as all durations below
+    lease: float = 60.0
     retry_schedule: tuple[float, ...] = (5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
-    disable_after: float = 5 * 86400
-    retention: float | None = 30 * 86400  # None: for ever
+    disable_after: float = 5 * 86400.0
+    retention: float | None = 30 * 86400.0  # None: for ever
     max_body: int = 1024**2  # bytes
     max_payload: int = 256 * 1024  # bytes
     log_level: str = "info"
@@ -59,41 +63,26 @@ class Settings:
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:
-    """The settings of this process: the environment, then `.env`, then the defaults. Raises BadSetting."""
+    """Read the settings of this process: the environment, then `.env`, then the defaults. Raises BadSetting."""
     if environ is None:
         environ = {**_file(), **os.environ}
-    given = {name: value.strip() for name, value in environ.items() if value.strip()}
-    _require_text(given)
-    found = Settings(
-        database_url=_database_url(given.get("DATABASE_URL", Settings.database_url)),
-        database_pool=_count("DATABASE_POOL", given.get("DATABASE_POOL", str(Settings.database_pool))),
-        allow_ephemeral_sqlite=_boolean("ALLOW_EPHEMERAL_SQLITE", given.get("ALLOW_EPHEMERAL_SQLITE", "false")),
-        host=given.get("HOST", Settings.host),
-        port=_port(given.get("PORT", str(Settings.port))),
-        api_keys=_api_keys(given.get("API_KEYS", "")),
-        allow_anonymous=_boolean("ALLOW_ANONYMOUS", given.get("ALLOW_ANONYMOUS", "false")),
-        trusted_proxies=_networks("TRUSTED_PROXIES", given.get("TRUSTED_PROXIES", "")),
-        allowed_networks=_networks("ALLOWED_NETWORKS", given.get("ALLOWED_NETWORKS", "")),
-        run_worker=_boolean("RUN_WORKER", given.get("RUN_WORKER", "true")),
-        worker_concurrency=_count("WORKER_CONCURRENCY", given.get("WORKER_CONCURRENCY", "256")),
-        delivery_timeout=duration("DELIVERY_TIMEOUT", given.get("DELIVERY_TIMEOUT", "15s")),
-        lease=duration("LEASE", given.get("LEASE", "60s")),
-        retry_schedule=_schedule(given.get("RETRY_SCHEDULE", "5s 30s 2m 10m 30m 2h 5h 10h 14h 20h 24h")),
-        disable_after=duration("DISABLE_AFTER", given.get("DISABLE_AFTER", "5d")),
-        retention=_retention(given.get("RETENTION", "30d")),
-        max_body=_size("MAX_BODY", given.get("MAX_BODY", "1MiB")),
-        max_payload=_size("MAX_PAYLOAD", given.get("MAX_PAYLOAD", "256KiB")),
-        log_level=_one_of("LOG_LEVEL", given.get("LOG_LEVEL", Settings.log_level).lower(), LEVELS),
-    )
-    if found.lease < found.delivery_timeout + MARGIN:
+    texts = {name: value.strip() for name, value in environ.items() if value.strip()}
+    values: dict[str, Any] = {}
+    for field, parse in PARSERS.items():
+        name = field.upper()
+        if name in texts:
+            _require_text(name, texts[name])
+            values[field] = parse(name, texts[name])
+    config = Settings(**values)
+    if config.lease < config.delivery_timeout + MARGIN:
         raise BadSetting(f"LEASE must exceed DELIVERY_TIMEOUT by {MARGIN} s or more, or deliveries would be made twice")
-    if not found.allow_ephemeral_sqlite:
-        _require_lasting(found.database_url, given)
-    return found
+    if not config.allow_ephemeral_sqlite:
+        _require_lasting(config.database_url, texts)
+    return config
 
 
 def _file() -> dict[str, str]:
-    """What `.env` says, if it is there."""
+    """Return the variables of `.env`, none if there is no such file. Raises BadSetting."""
     try:
         return {name: value for name, value in dotenv_values(".env").items() if value is not None}
     except UnicodeDecodeError as exc:
@@ -102,22 +91,20 @@ def _file() -> dict[str, str]:
         raise BadSetting(f"the file .env cannot be read: {exc.strerror}") from exc
 
 
-def _require_text(given: Mapping[str, str]) -> None:
-    """The environment may hold any bytes: those that are no UTF-8 reach us as lone surrogates."""
-    for field in fields(Settings):
-        name = field.name.upper()
-        if not re.fullmatch(r"[^\0\ud800-\udfff]*", given.get(name, "")):
-            raise BadSetting(f"{name} is not UTF-8, or has a NUL character")
+def _require_text(name: str, text: str) -> None:
+    """Refuse bytes that are not UTF-8: Python gives them as lone surrogates."""
+    if not re.fullmatch(r"[^\0\ud800-\udfff]*", text):
+        raise BadSetting(f"{name} is not UTF-8, or has a NUL character")
 
 
-def _database_url(text: str) -> str:
+def _database_url(name: str, text: str) -> str:
     if not re.fullmatch(r"sqlite:///.+|postgres(ql)?://.+", text):
-        raise BadSetting("DATABASE_URL must be like sqlite:///data/webhooks.db or postgresql://user:password@host/name")
+        raise BadSetting(f"{name} must be like sqlite:///data/webhooks.db or postgresql://user:password@host/name")
     return text
 
 
 def _require_lasting(url: str, environ: Mapping[str, str]) -> None:
-    """Refuse SQLite where the disk is lost at each restart, unless it is on a volume that is known to last."""
+    """Refuse an SQLite file on a host that loses its disk at each restart, unless it is on a volume that lasts."""
     host = next((name for variable, name in EPHEMERAL.items() if variable in environ), None)
     if host is None or not url.startswith("sqlite:"):
         return
@@ -131,20 +118,20 @@ def _require_lasting(url: str, environ: Mapping[str, str]) -> None:
     )
 
 
-def _port(text: str) -> int:
+def _port(name: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise BadSetting(f"PORT must be a number from 0 to 65535, not {text!r}")
+        raise BadSetting(f"{name} must be a number from 0 to 65535, not {text!r}")
     return int(text)
 
 
-def _api_keys(text: str) -> tuple[str, ...]:
+def _api_keys(name: str, text: str) -> tuple[str, ...]:
     keys = tuple(key.strip() for key in text.split(",") if key.strip())
     if text and not keys:
-        raise BadSetting("API_KEYS is set, but has no key: leave it out, or name keys separated by commas")
+        raise BadSetting(f"{name} is set, but has no key: leave it out, or name keys separated by commas")
     for number, key in enumerate(keys, 1):
         if not re.fullmatch(rf"[!-~]{{{SHORTEST_KEY},}}", key):  # the message never shows the key
             wanted = f"{SHORTEST_KEY} or more printable ASCII characters without spaces"
-            raise BadSetting(f"API_KEYS must be keys separated by commas, each of {wanted}: key {number} is not")
+            raise BadSetting(f"{name} must be keys separated by commas, each of {wanted}: key {number} is not")
     return keys
 
 
@@ -175,7 +162,7 @@ def _count(name: str, text: str) -> int:
 
 
 def duration(name: str, text: str) -> float:
-    """Seconds, from text such as `30d`. Raises BadSetting that names the setting."""
+    """Return the seconds of a text such as `30d`. Raises BadSetting that has `name`."""
     match = re.fullmatch(r"([0-9]{1,9})(ms|s|m|h|d)", text)
     seconds = int(match[1]) * DURATIONS[match[2]] if match else 0
     if not 0 < seconds <= LONGEST:
@@ -183,15 +170,42 @@ def duration(name: str, text: str) -> float:
     return seconds
 
 
-def _retention(text: str) -> float | None:
-    return None if text.lower() == "off" else duration("RETENTION", text)
+def _retention(name: str, text: str) -> float | None:
+    return None if text.lower() == "off" else duration(name, text)
 
 
-def _schedule(text: str) -> tuple[float, ...]:
-    return tuple(duration("RETRY_SCHEDULE", part) for part in re.split(r"[\s,]+", text))
+def _schedule(name: str, text: str) -> tuple[float, ...]:
+    return tuple(duration(name, part) for part in re.split(r"[\s,]+", text))
 
 
-def _one_of(name: str, text: str, choices: tuple[str, ...]) -> str:
-    if text not in choices:
-        raise BadSetting(f"{name} must be one of {', '.join(choices)}, not {text!r}")
+def _level(name: str, text: str) -> str:
+    if text.lower() not in LEVELS:
+        raise BadSetting(f"{name} must be one of {', '.join(LEVELS)}, not {text!r}")
+    return text.lower()
+
+
+def _text(name: str, text: str) -> str:
     return text
+
+
+PARSERS: dict[str, Callable[[str, str], Any]] = {  # by field: from the setting's name and text to the field's value
+    "database_url": _database_url,
+    "database_pool": _count,
+    "allow_ephemeral_sqlite": _boolean,
+    "host": _text,
+    "port": _port,
+    "api_keys": _api_keys,
+    "allow_anonymous": _boolean,
+    "trusted_proxies": _networks,
+    "allowed_networks": _networks,
+    "run_worker": _boolean,
+    "worker_concurrency": _count,
+    "delivery_timeout": duration,
+    "lease": duration,
+    "retry_schedule": _schedule,
+    "disable_after": duration,
+    "retention": _retention,
+    "max_body": _size,
+    "max_payload": _size,
+    "log_level": _level,
+}

@@ -1,11 +1,11 @@
-"""What can go wrong in the domain, five kinds. `web` maps each to a status, `manage.py` to a message.
+"""Errors of the domain, of five kinds. `web/errors.py` maps each to a status, `manage.py` to a message.
 
 HooklineError
-├── NotFound      no such thing
+├── NotFound      there is no such thing
 ├── Conflict      the request contradicts what is stored
 ├── Invalid       the input is wrong; `problems` lists every one
 ├── TooLarge      the input is over a limit
-└── Unavailable   the database could not do it now; nothing was stored, try again
+└── Unavailable   the database could not do it now: nothing was stored, try again
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 
 class HooklineError(Exception):
-    """The sentence is for the user: it never holds a secret, SQL or a traceback."""
+    """An error whose sentence is for the user: it never holds a secret, SQL or a traceback."""
 
 
 class NotFound(HooklineError):
@@ -40,9 +40,9 @@ class Unavailable(HooklineError):
 
 
 def visible(text: object) -> str:
-    """The text on one line, safe for a terminal or a log: what cannot be printed becomes an escape such as `\\x1b`.
+    """Return a text on one line, safe for a terminal or a log: escapes such as `\\x1b` replace unprintable characters.
 
-    That is control characters, line ends, bidirectional and zero-width marks, lone surrogates and unassigned code
+    These are control characters, line ends, bidirectional and zero-width marks, lone surrogates and unassigned code
     points. Ordinary text, non-ASCII letters included, stays as it is.
     """
     plain = str(text)

@@ -1,14 +1,24 @@
-"""What waits, and who is told: the lanes that open, and the waking of workers, after a commit.
+"""Lanes: the queue of each webhook. Publishing, replays and changes of a webhook make them due; workers claim them.
 
-A lane may be due early, never late: who looks finds nothing, and moves it on. A worker that nobody woke polls.
+A webhook has a lane row while something waits for it that is not leased; an event whose deliveries are all leased by
+their publisher writes none. `due_at` may be early, never late: a worker that finds nothing due moves it on. A lane
+rests until `open_at`, because its endpoint fails, has a rate limit, or gets a delivery in strict order; meanwhile
+`due_at` equals `open_at`. Workers are woken after the commit; one that nobody wakes polls.
+
+**Strict order.** A webhook that is `ordered` gets one delivery at a time, the oldest first. While it is pending, such a
+delivery has the same `next_attempt_at` as all others of its webhook, IN_ORDER, a moment in 1970: so the seek by
+(webhook_id, next_attempt_at) finds them in the order of their ids, and a retry stays before what was published after
+it. The true time is in the lane: it rests until the next attempt, and while a delivery is being made it is closed until
+the lease ends. `next_attempt_at`, `next_attempt_sql`, `is_in_order` and `in_order_sql` are the only places that know.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,32 +32,55 @@ from hookline.tables import IN_ORDER, read_time, stored_time
 
 log = logging.getLogger("hookline")
 
-OF_WEBHOOKS = (  # one seek for each: it may have any number that wait
-    "FROM (SELECT id AS webhook_id FROM {given}) AS w WHERE (SELECT d.next_attempt_at FROM deliveries d "
-    "WHERE d.webhook_id = w.webhook_id AND d.status = 'pending' ORDER BY d.next_attempt_at LIMIT 1) IS NOT NULL"
-)
-OF_EVENTS = "FROM deliveries WHERE event_id IN (SELECT id FROM {given}) AND NOT leased"
-MADE_IN_ORDER = (  # of the lane: a delivery that keeps strict order, and that somebody is making
-    "(SELECT 1 FROM deliveries d WHERE d.webhook_id = lanes.webhook_id AND d.status = 'pending' "
-    f"AND d.next_attempt_at = '{IN_ORDER}' AND d.leased)"
-)
+MAX_PAYLOAD = 256 * 1024  # bytes, where nothing is attached that says otherwise
+BROUGHT_FORWARD = 250  # deliveries that a change of their webhook makes due at once, so that no writer is held up
+ORDERED_TIME = datetime.fromisoformat(IN_ORDER).astimezone(UTC)
+
+
+def next_attempt_at(ordered: bool | None, due: str) -> str:
+    """The `next_attempt_at` of a pending delivery that is due at this stored time."""
+    return IN_ORDER if ordered else due
+
+
+def next_attempt_sql(ordered: str, due: str) -> str:
+    """`next_attempt_at` as SQL, of SQL expressions: whether the webhook is ordered, and when the delivery is due."""
+    return f"CASE WHEN {ordered} THEN '{IN_ORDER}' ELSE {due} END"
+
+
+def is_in_order(next_attempt: datetime | None) -> bool:
+    """Does a delivery with this `next_attempt_at` keep strict order?"""
+    return next_attempt == ORDERED_TIME
+
+
+def in_order_sql(delivery: str) -> str:
+    """`is_in_order` as SQL, of the delivery with this alias."""
+    return f"{delivery}.next_attempt_at = '{IN_ORDER}'"
+
+
+def making_in_order_sql(lane: str) -> str:
+    """SQL that tells whether a delivery in strict order is being made for the lane with this alias: one seek."""
+    return (
+        f"EXISTS (SELECT 1 FROM deliveries d WHERE d.webhook_id = {lane}.webhook_id AND d.status = 'pending' "
+        f"AND {in_order_sql('d')} AND d.leased)"
+    )
 
 
 class Slots(NamedTuple):
-    """What the worker of this process can take now: so many in all; of one webhook its share, less what it has."""
+    """Slots of this process's worker: `free` in all, for one webhook `per_webhook` less what is in flight."""
 
-    free: int = 0
-    share: int = 0
-    held: Mapping[str, int] = {}
+    free: int
+    per_webhook: int
+    in_flight: Mapping[str, int] = {}
 
 
+NO_SLOTS = Slots(0, 0)
 Leased = tuple[int, str]  # delivery_id, webhook_id
 
 
 class Wake(NamedTuple):
-    """What a commit has left to do: leases that this process has from `since` (of time.monotonic()) until then.
+    """News for workers after a commit: leases of this process, from `since` (of time.monotonic()) to `until`.
 
-    Without leases: something is due in a lane, for any worker.
+    Without leases: a lane is due, for any worker.
     """
 
     leased: Sequence[Leased] = ()
@@ -55,78 +88,136 @@ class Wake(NamedTuple):
     since: float = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outlet:
     """How publishing reaches the worker of this process, and what it may take. Set at assembly."""
 
-    max_payload: int = 256 * 1024  # bytes
-    lease: float = 60  # seconds
-    slots: Callable[[], Slots] = Slots
-    wake: Callable[[Wake], None] = lambda wake: None
+    max_payload: int  # bytes
+    lease: float  # seconds
+    slots: Callable[[], Slots]
+    wake: Callable[[Wake], None]
 
 
 _outlets: WeakKeyDictionary[Database, Outlet] = WeakKeyDictionary()
 
 
 def attach(db: Database, outlet: Outlet) -> None:
-    """From now on publishing on this database goes through this outlet."""
+    """Let publishing on this database go through this outlet from now on."""
     _outlets[db] = outlet
 
 
+def outlet_without_worker(max_payload: int, notify: Callable[[], None]) -> Outlet:
+    """An outlet that leases nothing: what is published waits in its lane, and `notify` wakes workers elsewhere."""
+    return Outlet(max_payload, 0, lambda: NO_SLOTS, lambda wake: notify())
+
+
 def outlet_of(db: Database) -> Outlet:
-    return _outlets.get(db) or Outlet(wake=lambda wake: notices.send(db))
+    """The outlet that is attached, or one without a worker."""
+    return _outlets.get(db) or outlet_without_worker(MAX_PAYLOAD, lambda: notices.send(db))
 
 
 @forks.in_child
 def _detach() -> None:
-    """The worker of a parent is not in its child: what a child publishes waits in its lane, for any worker."""
+    """Replace the outlets in the child of a fork, which does not have its parent's worker."""
     for db, outlet in list(_outlets.items()):
-        _outlets[db] = Outlet(outlet.max_payload, outlet.lease, wake=lambda wake, db=db: notices.send(db))  # type: ignore[misc]
+        _outlets[db] = outlet_without_worker(outlet.max_payload, lambda db=db: notices.send(db))  # type: ignore[misc]
 
 
-def queue(db: Database, which: str, ids: str, *, open_now: bool = False) -> None:
-    """Make lanes due, but none before it opens: `OF_WEBHOOKS` of these ids for which something waits, or `OF_EVENTS`.
+_unopened: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # webhooks, by Peewee's object of the transaction
 
-    With `open_now` a lane that rests is opened.
+
+def open_lanes(db: Database, webhook_ids: Iterable[str], *, now: bool = False) -> None:
+    """Make the lanes of these webhooks due, where anything waits; with `now` those that rest, too. Wakes workers.
+
+    In a caller's own transaction this happens after its commit, at once for all that it has published: until it ends
+    it would hold lanes that workers and other publishers need.
     """
-    change_lanes(db, lambda: open_lanes(db, which, ids, open_now=open_now))
+    if now or in_unit(db):
+        _change_lanes(db, lambda: make_due(db, webhook_ids, now=now))
+        return
+    unopened = _unopened.setdefault(db.top_transaction(), set())
+    unopened.update(webhook_ids)
+
+    def open_all() -> None:
+        if unopened:
+            webhook_ids = list(unopened)
+            unopened.clear()
+            with transaction(db):
+                make_due(db, webhook_ids)
+            outlet_of(db).wake(Wake())
+
+    after_commit(db, open_all)  # each time: the first may be in a savepoint that is rolled back
 
 
-def open_lanes(db: Database, which: str, ids: str, *, open_now: bool = False) -> None:
-    moment = sql.moment(db)
-    due = sql.later(db, "lanes.open_at", sql.sooner(db, "lanes.due_at", "excluded.due_at"))
-    change = f"due_at = {due}"
-    if open_now:  # but not of strict order while a delivery is being made: the closed lane is its lease
-        change = (
-            "due_at = excluded.due_at, open_at = NULL "
-            f"WHERE NOT coalesce(lanes.open_at > excluded.due_at, FALSE) OR NOT EXISTS {MADE_IN_ORDER}"
-        )
-    statement = (
-        f"INSERT INTO lanes (webhook_id, due_at, failures) SELECT DISTINCT webhook_id, {moment}, 0 "
-        f"{which.format(given=sql.rows(db, 'id'))} ORDER BY webhook_id ON CONFLICT (webhook_id) DO UPDATE SET {change}"
-    )
-    db.execute_sql(statement, (stored_time(clock.now()), ids))
+def make_due(db: Database, webhook_ids: Iterable[str], *, now: bool = False) -> int:
+    """Make the lanes of these webhooks due, where anything waits, unless they are or rest; returns of how many.
+
+    With `now` those that rest are opened, too, unless a delivery is being made in order. Inside a unit of work; wakes
+    nobody.
+    """
+    values = {"now": stored_time(clock.now()), "webhook_ids": sql.encoded_ids(set(webhook_ids))}
+    return len(db.execute_sql(_open_all_sql(db) if now else _make_due_sql(db), values).fetchall())
 
 
-def change_lanes(db: Database, step: Callable[[], Any]) -> None:
-    """Run a step that may open lanes, in this unit of work, and wake the worker after its commit."""
+@lru_cache(maxsize=8)
+def _make_due_sql(db: Database) -> str:
+    return f"""{_insert_lanes_sql(db)}
+        ON CONFLICT (webhook_id) DO UPDATE SET due_at = excluded.due_at
+        WHERE lanes.due_at > excluded.due_at AND NOT coalesce(lanes.open_at > excluded.due_at, FALSE)
+        RETURNING webhook_id"""
 
-    def wake() -> None:
-        outlet_of(db).wake(Wake())
 
-    def in_its_own() -> None:
-        with transaction(db):
-            step()
+@lru_cache(maxsize=8)
+def _open_all_sql(db: Database) -> str:
+    return f"""{_insert_lanes_sql(db)}
+        ON CONFLICT (webhook_id) DO UPDATE SET due_at = excluded.due_at, open_at = NULL
+        WHERE NOT coalesce(lanes.open_at > excluded.due_at, FALSE) OR NOT {making_in_order_sql("lanes")}
+        RETURNING webhook_id"""
 
-    if in_unit(db):
-        step()
-        after_commit(db, wake)
-    else:  # the caller's own transaction: until it ends it would hold lanes that workers and other publishers need
-        after_commit(db, in_its_own, wake)
+
+def _insert_lanes_sql(db: Database) -> str:
+    """Insert lanes that are due for those webhooks for which anything waits: two seeks each, however much it is."""
+    waits = """(SELECT d.next_attempt_at FROM deliveries d WHERE d.webhook_id = w.webhook_id AND d.status = 'pending'
+                ORDER BY d.next_attempt_at LIMIT 1) IS NOT NULL"""
+    condition = f"w.webhook_id = webhook_ids.id AND {waits}"
+    webhooks = sql.each(db, sql.values(db, "webhook_ids", "id"), "webhooks w", "w.webhook_id", condition, alias="w")
+    return f"""
+        INSERT INTO lanes (webhook_id, due_at, failures)
+        SELECT w.webhook_id, {sql.time(db, "now")}, 0 {webhooks} ORDER BY w.webhook_id"""
+
+
+def open_now(db: Database, webhook_id: str) -> None:
+    """Open the lane of this webhook, unless a delivery is being made in order: then its settlement does so."""
+    _change_lanes(db, lambda: _change_rest(db, webhook_id, lambda lane, now: Rest(now, lane.failures)))
+
+
+def reopen(db: Database, webhook_id: str, before: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Let a webhook's lane no longer wait for what these changes remove, in their unit of work.
+
+    `before`: the webhook as the manager shows it. With another endpoint, or enabled again, it has not failed yet:
+    its lane opens, and at most BROUGHT_FORWARD of the deliveries that wait for their next attempt are due.
+    """
+    after = {**before, **changes}
+    is_new = after["url"] != before["url"] or "headers" in changes or (after["enabled"] and not before["enabled"])
+
+    def without_failures(lane: Rest, now: datetime) -> Rest:
+        return Rest(now, 0)
+
+    def as_changed(lane: Rest, now: datetime) -> Rest:
+        seconds = policy.rest_after((lane.opens - now).total_seconds(), lane.failures, before, after)
+        return Rest(now + timedelta(seconds=seconds), lane.failures)
+
+    def step() -> None:
+        if is_new:
+            _bring_forward(db, webhook_id)
+        _change_rest(db, webhook_id, without_failures if is_new else as_changed)
+
+    if is_new or any(after[name] != before[name] for name in ("rate_limit", "ordered", "retry_schedule")):
+        _change_lanes(db, step)
 
 
 def after_commit(db: Database, *steps: Callable[[], None]) -> None:
-    """What follows once it is committed. If it fails the sweep finds what waits, so nobody is told."""
+    """Run these steps once the transaction is committed. A failure is logged: the sweep finds what waits."""
 
     def follow() -> None:
         try:
@@ -138,58 +229,60 @@ def after_commit(db: Database, *steps: Callable[[], None]) -> None:
     db.after_commit(follow)
 
 
-BROUGHT_FORWARD = 250  # deliveries that a change of their webhook makes due at once, so that no writer is held up
+def _change_lanes(db: Database, step: Callable[[], Any]) -> None:
+    """Run a step that changes lanes and wake workers: in this unit of work, or after the commit of a caller's own."""
 
+    def wake() -> None:
+        outlet_of(db).wake(Wake())
 
-def open_now(db: Database, webhook_id: str) -> None:
-    """Open the lane of this webhook, unless a delivery is being made in order: then its settlement does so."""
-    change_lanes(db, lambda: _open(db, webhook_id, lambda opens, failures, now: (now, failures)))
+    def in_a_unit() -> None:
+        with transaction(db):
+            step()
 
-
-def reopen(db: Database, webhook_id: str, before: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """Let a webhook's lane no longer wait for what these changes remove, in their unit of work.
-
-    `before`: the webhook as the manager shows it. With another endpoint, or enabled again, it has not failed yet; what
-    waits for its next attempt, but for at most BROUGHT_FORWARD of them, goes on doing so.
-    """
-    after = {**before, **changes}
-    is_new = after["url"] != before["url"] or "headers" in changes or (after["enabled"] and not before["enabled"])
-
-    def step() -> None:
-        if is_new:
-            _bring_forward(db, webhook_id)
-        _open(db, webhook_id, afresh if is_new else anew)
-
-    def afresh(opens: datetime, failures: int, now: datetime) -> tuple[datetime, int]:
-        return now, 0
-
-    def anew(opens: datetime, failures: int, now: datetime) -> tuple[datetime, int]:
-        rest = policy.rest_after((opens - now).total_seconds(), failures, before, after)
-        return now + timedelta(seconds=rest), failures
-
-    if is_new or any(after[name] != before[name] for name in ("rate_limit", "ordered", "retry_schedule")):
-        change_lanes(db, step)
+    if in_unit(db):
+        step()
+        after_commit(db, wake)
+    else:
+        after_commit(db, in_a_unit, wake)
 
 
 def _bring_forward(db: Database, webhook_id: str) -> None:
+    """Make the deliveries of a webhook due that wait for their next attempt, BROUGHT_FORWARD at most."""
     statement = f"""
-        UPDATE deliveries SET next_attempt_at = {sql.moment(db)} WHERE delivery_id IN (
+        UPDATE deliveries SET next_attempt_at = {sql.time(db, "now")} WHERE delivery_id IN (
             SELECT delivery_id FROM deliveries
-            WHERE webhook_id = {db.param} AND status = 'pending' AND next_attempt_at > {sql.moment(db)} AND NOT leased
+            WHERE webhook_id = {sql.param(db, "webhook_id")} AND status = 'pending'
+                  AND next_attempt_at > {sql.time(db, "now")} AND NOT leased
             ORDER BY next_attempt_at LIMIT {BROUGHT_FORWARD}{locks.skip_locked(db, "deliveries")})"""
-    now = stored_time(clock.now())
-    db.execute_sql(statement, (now, webhook_id, now))
+    db.execute_sql(statement, {"now": stored_time(clock.now()), "webhook_id": webhook_id})
 
 
-def _open(db: Database, webhook_id: str, wanted: Callable[[datetime, int, datetime], tuple[datetime, int]]) -> None:
-    """Open a lane at the time, and with the failures, that `wanted` makes of when it opens, its failures and now."""
+class Rest(NamedTuple):
+    """When a lane opens, and after how many failures in a row."""
+
+    opens: datetime
+    failures: int
+
+
+def _change_rest(db: Database, webhook_id: str, change: Callable[[Rest, datetime], Rest]) -> None:
+    """Set the rest of a lane, unless a delivery is being made in order. `change` gets the rest so far, and now."""
     now = clock.now()
-    look = f"SELECT open_at, failures FROM lanes WHERE webhook_id = {db.param}{locks.locked(db, 'lanes')}"
-    lane = db.execute_sql(look, (webhook_id,)).fetchone()
-    made = f"SELECT 1 FROM lanes WHERE webhook_id = {db.param} AND EXISTS {MADE_IN_ORDER}"
-    if lane is None or db.execute_sql(made, (webhook_id,)).fetchone():  # which looks again, once we hold the lane
+    this = f"webhook_id = {sql.param(db, 'webhook_id')}"
+    lock = f"SELECT open_at, failures FROM lanes WHERE {this}{locks.for_update(db, 'lanes')}"
+    making = f"SELECT 1 FROM lanes WHERE {this} AND {making_in_order_sql('lanes')}"
+    row = db.execute_sql(lock, {"webhook_id": webhook_id}).fetchone()
+    # A statement of its own, so that it sees what was leased while the lock was waited for.
+    if row is None or db.execute_sql(making, {"webhook_id": webhook_id}).fetchone():
         return
-    opens, failures = wanted(max(read_time(lane[0]) or now, now), lane[1], now)
-    change = f"UPDATE lanes SET due_at = {sql.moment(db)}, open_at = {sql.moment(db)}, failures = {db.param}"
-    values = (stored_time(opens), None if opens <= now else stored_time(opens), failures, webhook_id)
-    db.execute_sql(f"{change} WHERE webhook_id = {db.param}", values)
+    rest = change(Rest(max(read_time(row[0]) or now, now), row[1]), now)
+    update = f"""
+        UPDATE lanes SET due_at = {sql.time(db, "due")}, open_at = {sql.time(db, "opens")},
+               failures = {sql.param(db, "failures")}
+        WHERE {this}"""
+    values = {
+        "due": stored_time(rest.opens),
+        "opens": None if rest.opens <= now else stored_time(rest.opens),
+        "failures": rest.failures,
+        "webhook_id": webhook_id,
+    }
+    db.execute_sql(update, values)

@@ -1,4 +1,4 @@
-"""How our lines in the log are written: what strangers wrote cannot end a line, nor command a terminal."""
+"""Format of log lines: text that strangers sent can neither end a line nor command a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INDENT = "  "
 
 
 class OneLine(logging.Formatter):
-    """A record is one line, with control characters escaped; a traceback follows it, indented, line by line."""
+    """Formats a record as one line with control characters escaped; a traceback follows, each line indented."""
 
     def __init__(self) -> None:
         super().__init__(FORMAT)

@@ -1,6 +1,8 @@
-"""What a registration is, and the one check of its fields, whichever way it comes in: HTTP, Python or an import.
+"""A registration of a webhook, and the one check of its fields, for HTTP, Python and imports alike.
 
-An import keeps what the replaced service let in: it takes the shape of each field from here, and not every limit.
+An import keeps registrations that the replaced service let in: it checks the shape of each field, but not every limit.
+A `..._problem` function takes a value and returns what is wrong with it, as the rest of a sentence that begins with
+the field's name; None if nothing is.
 """
 
 from __future__ import annotations
@@ -22,22 +24,22 @@ MAX_EVENTS = 1000  # event types of one webhook
 MIN_RATE, MAX_RATE = 0.0001, 10_000.0  # deliveries per second of one webhook: one in three hours at least
 MAX_NAME = 200  # characters of an event type or a team: three names fit into an index of PostgreSQL
 MAX_DESCRIPTION = 1000  # characters
-MAX_HEADERS, MAX_HEADER_VALUE = 20, 4096  # of one webhook, characters
-MAX_RETRIES = 50
+MAX_HEADERS, MAX_HEADER_VALUE = 20, 4096  # headers of one webhook; characters of a value
+MAX_RETRIES = 50  # steps of a retry schedule
 MIN_WAIT, MAX_WAIT = 0.1, 30 * 86400.0  # seconds before a retry
 MAX_OVERLAP = 30 * 86400  # seconds that the old secret keeps signing
-MASK = "***"  # what is shown of a secret
+MASK = "***"  # shown instead of a secret
 
 ORIGIN = re.compile(
     r"https?://([^/?#\\]*@)?(\[[^/?#\\@\]]+\]|[^/?#\\@:\[\]]+)(?::([0-9]{1,5}))?(?![^/?#])", re.IGNORECASE
 )
-NOT_OF_A_URL = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+NOT_IN_A_URL = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
 OWN_HEADERS = re.compile(r"(?i)webhook-.*|x-webhook-.*|content-length|content-type|host|transfer-encoding|connection")
 
 
 class Registration(NamedTuple):
-    """What registering takes."""
+    """A webhook to be stored."""
 
     url: str
     events: Sequence[str]
@@ -48,14 +50,14 @@ class Registration(NamedTuple):
 
 
 def generate_secret() -> str:
-    """A new secret: `whsec_` and the base64 of 32 random bytes (Standard Webhooks 1.0.0)."""
+    """Make a secret: `whsec_` and the base64 of 32 random bytes (Standard Webhooks 1.0.0)."""
     return "whsec_" + base64.b64encode(os.urandom(32)).decode()
 
 
 def check(fields: Mapping[str, Any]) -> None:
-    """Refuse what no webhook may have: `fields` are a whole registration, or only those that change.
+    """Check the fields of a whole registration, or only those that change.
 
-    Raises Invalid that names the field; no message holds a secret.
+    Raises Invalid with the name of the field; no message holds a secret.
     """
     for name, value in fields.items():
         problem_of = PROBLEMS.get(name)
@@ -66,49 +68,48 @@ def check(fields: Mapping[str, Any]) -> None:
 
 
 def check_changes(fields: Mapping[str, Any]) -> None:
-    """The same for a webhook that is there: its secret is not changed but rotated. Raises Invalid."""
+    """Check changes of a stored webhook. Its secret cannot be one of them. Raises Invalid."""
     if "secret" in fields:
-        raise Invalid("secret is not changed but rotated, so that the old one can stay valid for a while")
+        raise Invalid("secret cannot be changed: rotate it, so that the old one can stay valid for a while")
     check(fields)
 
 
 def check_rotation(secret: str, overlap_seconds: int) -> None:
-    """Raises Invalid."""
+    """Check a new secret and how many seconds the old one stays valid. Raises Invalid."""
     check({"secret": secret})
     if not is_number(overlap_seconds) or not 0 <= overlap_seconds <= MAX_OVERLAP:
         raise Invalid(f"overlap_seconds must be a number from 0 to {MAX_OVERLAP}")
 
 
 def url_problem(url: Any) -> str | None:
-    """Why this cannot be the URL of a webhook, None if it can."""
     if (problem := url_shape_problem(url)) is not None:
         return problem
     if len(url) > MAX_URL:
         return f"must not be longer than {MAX_URL} characters"
-    if "@" in url and ORIGIN.match(url)[1]:  # type: ignore[index]  # it is of that shape
+    if "@" in url and ORIGIN.match(url)[1]:  # type: ignore[index]  # it has matched before
         return "must not have a user name or password: everyone who lists webhooks would see it; use headers"
     return None
 
 
 def url_shape_problem(url: Any) -> str | None:
-    """The same, without limits: an import has URLs with passwords, or longer ones."""
+    """Check a URL without limits: an import may have URLs that are longer or have passwords."""
     match = ORIGIN.match(url) if isinstance(url, str) else None
     if match is None:
         if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
             return "must start with http:// or https://"
-        return "must have a host, and behind a colon nothing but its port"
-    if not (url.isascii() and url.isprintable() and " " not in url) and NOT_OF_A_URL.search(url):
+        return "must have a host, and only a port number may follow its colon"
+    if not (url.isascii() and url.isprintable() and " " not in url) and NOT_IN_A_URL.search(url):
         return text_problem(url) or "must not contain spaces or control characters"
     host, port = match[2], match[3]
     if host[0] == "[" and not is_ipv6(host[1:-1]):
-        return "has brackets around what is not an IPv6 address"
+        return "has something other than an IPv6 address in its brackets"
     if port and int(port) > 65535:
         return "must have a port from 0 to 65535"
     return None
 
 
 def host_of(url: str) -> str:
-    """The host in lower case; empty where there is none, as in what an adopted table may hold."""
+    """Return the host of a URL in lower case; empty if it has none, as may be in a table that was adopted."""
     match = ORIGIN.match(url)
     return match[2].lower() if match else ""
 
@@ -150,7 +151,7 @@ def description_problem(description: Any) -> str | None:
 
 
 def secret_problem(secret: Any) -> str | None:
-    """Why nobody could sign with this, None if one can. What HTTP asks for besides is in `web/schemas.py`."""
+    """Check that a secret can sign. For HTTP `web/schemas.py` asks for more."""
     if not isinstance(secret, str) or not 1 <= len(secret) <= MAX_SECRET:
         return f"must be text of 1 to {MAX_SECRET} characters"
     if secret.startswith("whsec_") and not decoded_key(secret):
@@ -159,14 +160,14 @@ def secret_problem(secret: Any) -> str | None:
 
 
 def key_problem(secret: str) -> str | None:
-    """Why this is no secret by the rules of Standard Webhooks, None if it is or does not want to be one."""
+    """Check that the key of a `whsec_` secret has the length that Standard Webhooks asks for."""
     if not secret.startswith("whsec_") or MIN_KEY <= len(decoded_key(secret)) <= MAX_KEY:
         return None
     return f"starts with whsec_ but the rest is not the base64 of {MIN_KEY} to {MAX_KEY} bytes"
 
 
 def decoded_key(secret: str) -> bytes:
-    """The key of a `whsec_` secret, empty if it is not base64."""
+    """Return the key of a `whsec_` secret, empty if it is not base64."""
     encoded = secret.removeprefix("whsec_")
     try:
         return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
@@ -181,7 +182,7 @@ def headers_problem(headers: Any) -> str | None:
         return f"must be at most {MAX_HEADERS} names with their values"
     for name, value in headers.items():
         if not isinstance(name, str) or not HEADER_NAME.fullmatch(name) or OWN_HEADERS.fullmatch(name):
-            return "must have tokens as names, and none that Hookline sets"
+            return "must have names that HTTP allows, and none that Hookline sets itself"
         if not isinstance(value, str) or len(value) > MAX_HEADER_VALUE or not (value.isascii() and value.isprintable()):
             return f"must have printable ASCII of at most {MAX_HEADER_VALUE} characters as values"
     return None
@@ -212,7 +213,7 @@ def is_number(value: Any) -> bool:
 
 
 def text_problem(text: str) -> str | None:
-    """Why the databases would not store this, or store it differently; None if both can."""
+    """Check that both databases store a text, and store the same."""
     if "\0" in text:
         return "must not contain NUL characters"
     if text.isascii():
@@ -224,7 +225,7 @@ def text_problem(text: str) -> str | None:
     return None
 
 
-PROBLEMS: dict[str, Callable[[Any], str | None]] = {  # what is wrong with a value of this field, None if nothing
+PROBLEMS: dict[str, Callable[[Any], str | None]] = {  # by field
     "url": url_problem,
     "events": events_problem,
     "secret": secret_problem,

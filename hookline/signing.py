@@ -1,4 +1,4 @@
-"""How a delivery is signed, in two schemes side by side, and why a signature does not hold.
+"""Signatures of deliveries, in two schemes side by side, and the reasons why one does not hold.
 
 legacy               `X-Webhook-Signature`: hex HMAC-SHA256 of the body under the secret's UTF-8 bytes
 Standard Webhooks    `webhook-signature`: `v1,` + base64 HMAC-SHA256 of `id.timestamp.body`
@@ -22,13 +22,13 @@ PREFIX = "whsec_"
 OTHER_SECRET = "it was signed with another secret, or the body, the id or the timestamp was changed"
 BLOCK = 64  # bytes of a block of SHA-256
 INNER, OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
-TOLERANCE = 300  # seconds that a receiver's clock and ours may differ
+TOLERANCE = 300  # seconds by which a receiver's clock and ours may differ
 AGENT = "Hookline"
 
 
 @lru_cache(maxsize=10_000)
 def key_of(secret: str) -> bytes:
-    """The key of the Standard Webhooks scheme: the decoded rest of a `whsec_` secret, else the secret's own bytes."""
+    """Return the key for Standard Webhooks: the decoded rest of a `whsec_` secret, else the secret's own bytes."""
     if not secret.startswith(PREFIX):
         return secret.encode()
     encoded = secret.removeprefix(PREFIX)
@@ -40,16 +40,16 @@ def key_of(secret: str) -> bytes:
 
 @lru_cache(maxsize=10_000)
 def keyed(key: bytes) -> tuple[Hash, Hash]:
-    """The inner and outer hash of HMAC-SHA256 (RFC 2104) that have taken in the key.
+    """Return the inner and outer hash of HMAC-SHA256 (RFC 2104), both already fed with the key.
 
-    Copying these costs half of what `hmac` does, which also gives up the GIL each time, to the writer's thread.
+    To copy them costs half the time of `hmac`, which also releases the GIL each time, to the writer's thread.
     """
     block = (hashlib.sha256(key).digest() if len(key) > BLOCK else key).ljust(BLOCK, b"\0")
     return hashlib.sha256(block.translate(INNER)), hashlib.sha256(block.translate(OUTER))
 
 
 def digest(key: bytes, message: bytes) -> bytes:
-    """HMAC-SHA256."""
+    """Compute HMAC-SHA256."""
     first, last = keyed(key)
     inner, outer = first.copy(), last.copy()
     inner.update(message)
@@ -66,7 +66,7 @@ def standard_signature(secret: str, event_id: str, timestamp: int, body: bytes) 
     return "v1," + base64.b64encode(digest(key_of(secret), signed)).decode()
 
 
-def headers(
+def headers(  # noqa: PLR0913  # each of them goes into a header
     secrets: Sequence[str],
     *,
     webhook_id: str,
@@ -76,10 +76,11 @@ def headers(
     timestamp: int,
     body: bytes,
 ) -> dict[str, str]:
-    """Both schemes' headers. `secrets`: the current one first, then those that a rotation still keeps, newest first.
+    """Return the headers of both schemes.
 
-    The legacy header has room for one signature: the oldest secret's, which every receiver still has.
-    `event_time` is the `timestamp` in the body, `timestamp` the unix second of this attempt.
+    `secrets`: the current one, then those that a rotation still keeps, newest first. The legacy header has room for one
+    signature: that of the oldest secret, which every receiver still has. `event_time`: the `timestamp` in the body.
+    `timestamp`: the unix second of this attempt.
     """
     return {
         "Content-Type": "application/json",
@@ -95,60 +96,61 @@ def headers(
 
 
 def problem(headers: Mapping[str, str], body: bytes, secret: str, now: float) -> str | None:
-    """Why these headers do not prove that the body came from who holds the secret; None if they do.
+    """Return why these headers do not prove that the body was signed with the secret; None if they do.
 
-    Takes the Standard Webhooks headers, and the legacy one where there are no others. Names of headers are compared
-    without case. Never raises, whatever these are.
+    Checks the Standard Webhooks headers, or the legacy one where they are absent. Names of headers are compared without
+    case. `now`: unix seconds. Never raises, whatever the arguments hold.
     """
-    given = {name.lower(): value for name, value in headers.items()}
+    received = {name.lower(): value for name, value in headers.items()}
     if not secret.removeprefix(PREFIX):
         return "the secret is empty"
     if not is_utf8(secret):
         return "the secret is not UTF-8"
-    if "webhook-signature" in given:
-        return _standard_problem(given, body, secret, now)
-    if "x-webhook-signature" in given:
-        signature = given["x-webhook-signature"].encode(errors="replace")
+    if "webhook-signature" in received:
+        return _standard_problem(received, body, secret, now)
+    if "x-webhook-signature" in received:
+        signature = received["x-webhook-signature"].encode(errors="replace")
         return _difference(lambda other: hmac.compare_digest(signature, legacy_signature(secret, other).encode()), body)
     return "there is neither a webhook-signature nor an X-Webhook-Signature header"
 
 
-def _standard_problem(given: Mapping[str, str], body: bytes, secret: str, now: float) -> str | None:
+def _standard_problem(received: Mapping[str, str], body: bytes, secret: str, now: float) -> str | None:
     for name in ("webhook-id", "webhook-timestamp"):
-        if not given.get(name):
+        if not received.get(name):
             return f"the header {name} is missing"
-    text = given["webhook-timestamp"]
+    text = received["webhook-timestamp"]
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         return "the header webhook-timestamp is not a number of seconds"
-    timestamp, event_id = int(text), given["webhook-id"]
+    timestamp, event_id = int(text), received["webhook-id"]
     if not is_utf8(event_id):
         return "the header webhook-id is not UTF-8"
-    signatures = [one for one in given["webhook-signature"].split() if one.startswith("v1,") and one.isascii()]
-    if not any(one[3:] for one in signatures):
+    tokens = received["webhook-signature"].split()
+    signatures = [token for token in tokens if token.startswith("v1,") and token.isascii()]
+    if not any(signature[3:] for signature in signatures):
         return "the header webhook-signature holds no v1 signature"
 
     def holds(other: bytes) -> bool:
         expected = standard_signature(secret, event_id, timestamp, other).encode()
-        return any([hmac.compare_digest(one.encode(), expected) for one in signatures])
+        return any([hmac.compare_digest(signature.encode(), expected) for signature in signatures])
 
     if (difference := _difference(holds, body)) is not None:
         return difference
-    if not abs(now - timestamp) <= TOLERANCE:  # nor if now is no number
+    if not abs(now - timestamp) <= TOLERANCE:  # so written, NaN does not pass
         late = "ago" if now > timestamp else "ahead"
         return f"the signature holds, but it was made {abs(now - timestamp):.0f} s {late}: check the clock, or a replay"
     return None
 
 
 def _difference(holds: Callable[[bytes], bool], body: bytes) -> str | None:
-    """None if the signature holds for the body, else what was done to it, as far as that can be found out."""
+    """Return None if the signature holds for the body, else what was done to it, as far as that can be found out."""
     if holds(body):
         return None
-    found = next((how for how, other in rewritten(body) if holds(other)), None)
-    return f"the body was {found} on its way" if found else OTHER_SECRET
+    change = next((change for change, other in rewritten(body) if holds(other)), None)
+    return f"the body was {change} on its way" if change else OTHER_SECRET
 
 
 def rewritten(body: bytes) -> Iterator[tuple[str, bytes]]:
-    """What the body may have been before a framework parsed it and wrote it again."""
+    """Yield what the body may have been before a framework rewrote it, each with the change in words."""
     yield "given a line break at its end", body.removesuffix(b"\n").removesuffix(b"\r")
     try:
         value = json.loads(body)
@@ -161,7 +163,7 @@ def rewritten(body: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def is_utf8(text: str) -> bool:
-    """Can it be encoded? Python gives bytes that are no UTF-8, of a header or a setting, as lone surrogates."""
+    """Tell whether a text can be encoded. Python gives bytes that are not UTF-8 as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -85,7 +85,7 @@ def unregister(db: Database, webhook_id: str) -> bool:
     If it has many deliveries they go first, in short steps, unless the caller's own transaction is open.
     """
     if not db.in_transaction():
-        removal.clear(db, webhook_id)
+        removal.delete_deliveries(db, webhook_id)
     with transaction(db):
         delete = f"DELETE FROM webhooks WHERE webhook_id = {sql.param(db, 'webhook_id')}"
         return bool(db.execute_sql(delete, {"webhook_id": webhook_id}).rowcount)
@@ -264,7 +264,7 @@ def _query() -> Any:
 
 def _switched(db: Database, webhook_id: str, enabled: bool) -> Row:
     """What changes with `enabled`. The worker cancels what waits for a disabled webhook, in its lane."""
-    lanes.queue(db, lanes.OF_WEBHOOKS, sql.ids([webhook_id]), open_now=True)
+    lanes.open_lanes(db, [webhook_id], now=True)
     if enabled:
         return {"disabled_at": None, "disabled_reason": None, "failing_since": None}
     lanes.after_commit(db, partial(log_disabled, webhook_id, BY_REQUEST))

@@ -18,7 +18,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,7 +214,7 @@ def created(folder: Path, template: str = "") -> Iterator[Place]:
         drop(name)
 
 
-def plan(db: Database, statement: str, parameters: Sequence[Any] = ()) -> list[str]:
+def plan(db: Database, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[str]:
     """The steps of a statement, on an open connection; on PostgreSQL as if the tables were large."""
     if not is_postgres(db):
         return [row[3] for row in db.connection().execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall()]
@@ -223,7 +223,7 @@ def plan(db: Database, statement: str, parameters: Sequence[Any] = ()) -> list[s
     cursor = ClientCursor(db.connection())
     for way in ("seqscan", "bitmapscan"):
         cursor.execute(f"SET enable_{way} = off".encode())
-    cursor.execute(f"EXPLAIN {statement}".encode(), list(parameters) or None)
+    cursor.execute(f"EXPLAIN {statement}".encode(), parameters or None)
     steps = [row[0] for row in cursor.fetchall()]
     cursor.execute("RESET ALL")
     return steps

@@ -16,9 +16,11 @@ import models
 from hookline import WebhookManager, clock, deliveries, events, history, lanes
 from hookline.errors import Conflict, Invalid, TooLarge
 from hookline.events import NewEvent, Published
-from hookline.lanes import Outlet, Slots
+from hookline.lanes import Slots
+from models import Event
 from tests.conftest import SECRET, recorded
 from tests.databases import plan, read_whole
+from tests.outlets import outlet
 
 
 def delivered_to(db: Database, published: Published) -> set[str]:
@@ -27,7 +29,7 @@ def delivered_to(db: Database, published: Published) -> set[str]:
 
 def payload(db: Database, event_id: str) -> str:
     with db.connection_context():
-        return str(db.execute_sql(f"SELECT payload FROM events WHERE event_id = {db.param}", (event_id,)).fetchone()[0])
+        return str(Event.select(Event.payload).where(Event.event_id == event_id).scalar(db))
 
 
 def lane_ids(db: Database) -> list[str]:
@@ -82,8 +84,7 @@ def test_the_body_is_byte_for_byte_what_the_replaced_service_sent(
 def test_publishing_in_the_callers_transaction_is_both_or_neither(manager: WebhookManager, db: Database) -> None:
     manager.register("http://example.com/", ["order.paid"], SECRET)
     woken: list[list[lanes.Leased]] = []
-    outlet = Outlet(slots=lambda: Slots(10, 10), wake=lambda wake: woken.append(list(wake.leased)))
-    lanes.attach(db, outlet)
+    lanes.attach(db, outlet(Slots(10, 10), wake=lambda wake: woken.append(list(wake.leased))))
     with db.connection_context():
         db.execute_sql("CREATE TABLE orders (id integer)")
         with pytest.raises(ZeroDivisionError), db.atomic():
@@ -98,7 +99,7 @@ def test_publishing_in_the_callers_transaction_is_both_or_neither(manager: Webho
     assert [event["event_id"] for event in history.page(db)] == [published.event_id]
     (delivery,) = deliveries.page(db)
     assert delivery["event_id"] == published.event_id
-    assert [[one for one, _ in leased] for leased in woken] == [[delivery["delivery_id"]]]
+    assert [[delivery_id for delivery_id, _ in leased] for leased in woken] == [[delivery["delivery_id"]]]
 
 
 def test_the_same_key_and_content_give_the_first_answer_again(db: Database, manager: WebhookManager) -> None:
@@ -142,7 +143,7 @@ def test_what_cannot_be_an_event_is_refused(manager: WebhookManager, event_type:
 
 
 def test_a_payload_over_the_limit_is_refused(db: Database, manager: WebhookManager) -> None:
-    lanes.attach(db, Outlet(max_payload=1000))
+    lanes.attach(db, outlet(max_payload=1000))
     frame = len('{"x":"","event_type":"a","timestamp":"2026-11-23T14:30:01.221962"}')
     with pytest.raises(TooLarge, match="MAX_PAYLOAD"):
         manager.send_event("a", {"x": "y" * 1000})
@@ -156,7 +157,7 @@ async def test_send_event_may_be_awaited_as_the_replaced_one_was(manager: Webhoo
 
 def test_deliveries_are_born_leased_as_far_as_there_are_slots(db: Database, manager: WebhookManager) -> None:
     woken: list[lanes.Leased] = []
-    lanes.attach(db, Outlet(slots=lambda: Slots(free=3, share=2), wake=lambda wake: woken.extend(wake.leased)))
+    lanes.attach(db, outlet(Slots(free=3, per_webhook=2), wake=lambda wake: woken.extend(wake.leased)))
     ids = [manager.register(f"http://example.com/{n}", ["goal"], SECRET) for n in range(2)]
     events.publish_all(db, [NewEvent("goal", {})] * 3)
     assert len(woken) == 3
@@ -170,7 +171,7 @@ def test_order_and_rate_limits_go_through_the_lane(
     db: Database, manager: WebhookManager, change: dict[str, Any]
 ) -> None:
     woken: list[lanes.Leased] = []
-    lanes.attach(db, Outlet(slots=lambda: Slots(10, 10), wake=lambda wake: woken.extend(wake.leased)))
+    lanes.attach(db, outlet(Slots(10, 10), wake=lambda wake: woken.extend(wake.leased)))
     webhook_id = manager.register("http://example.com/", ["goal"], SECRET)
     manager.update(webhook_id, change)
     manager.send_event("goal", {})
@@ -216,5 +217,5 @@ def test_matching_seeks_and_never_scans(backend: str, db: Database, manager: Web
 
 def test_publishing_without_a_database_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.db, "obj", None)
-    with pytest.raises(Invalid, match="no database is bound: make a WebhookManager first"):
+    with pytest.raises(Invalid, match=r"no database is bound: call hookline\.connect\(\.\.\.\) first"):
         hookline.publish("goal", {})

@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx2 as httpx
@@ -137,12 +137,16 @@ def test_the_snippets_of_python_run(tmp_path: Path) -> None:
         env = environment(PYTHONPATH=str(ROOT))
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
-    with sqlite3.connect(tmp_path / "data/webhooks.db") as db:
-        assert db.execute('SELECT status FROM "order"').fetchall() == [("paid",)]
-        found = db.execute("SELECT event_type FROM events ORDER BY event_id").fetchall()
-        assert found == [("game_started",), ("order.paid",)]
-        assert db.execute("SELECT secret FROM webhooks").fetchone()[0].startswith("whsec_")
-    db.close()
+    assert rows(tmp_path / "data/webhooks.db", "SELECT event_type FROM events") == [("game_started",)]
+    ((secret,),) = rows(tmp_path / "data/webhooks.db", "SELECT secret FROM webhooks")
+    assert secret.startswith("whsec_")
+    assert rows(tmp_path / "shop.db", 'SELECT status FROM "order"') == [("paid",)]
+    assert rows(tmp_path / "shop.db", "SELECT event_type FROM events") == [("order.paid",)]
+
+
+def rows(file: Path, statement: str) -> list[tuple[str]]:
+    with closing(sqlite3.connect(file)) as db:
+        return db.execute(statement).fetchall()
 
 
 def test_the_move_from_the_json_file_runs(folder: Path) -> None:

@@ -54,9 +54,9 @@ def signed(*secrets: str, body: bytes, timestamp: int = MADE) -> dict[str, str]:
 def test_the_published_vectors_are_signed_and_verified(
     secret: str, event_id: str, timestamp: int, body: bytes, signature: str
 ) -> None:
-    given = {"webhook-id": event_id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
+    headers = {"webhook-id": event_id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
     assert signing.standard_signature(secret, event_id, timestamp, body) == signature
-    assert signing.problem(given, body, secret, timestamp) is None
+    assert signing.problem(headers, body, secret, timestamp) is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_the_reference_implementation_verifies_what_we_sign(body: str) -> None:
         Webhook(OTHER).verify(body, headers)
 
 
-def test_a_secret_without_the_prefix_is_its_own_bytes_for_the_reference_implementation() -> None:
+def test_the_reference_implementation_takes_a_secret_without_prefix_as_its_bytes() -> None:
     headers = signed(SECRET, body=BODY, timestamp=int(time.time()))
     Webhook(signing.PREFIX + base64.b64encode(SECRET.encode()).decode()).verify(BODY.decode(), headers)
     assert signing.problem(headers, BODY, SECRET, time.time()) is None

@@ -1,4 +1,4 @@
-"""Errors of the domain as HTTP answers: the one map from kinds to statuses."""
+"""Errors as HTTP answers: the one map from the domain's errors to statuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from hookline.errors import Conflict, HooklineError, Invalid, NotFound, TooLarge, Unavailable
-from web.parsing import Refused
+from web.parsing import Unprocessable
 from web.protocol import ANSWER_HEADERS
 
 log = logging.getLogger("hookline")
@@ -22,13 +22,12 @@ STATUSES: dict[type[HooklineError], int] = {NotFound: 404, Conflict: 409, Invali
 async def domain_error(request: Request, exc: Exception) -> Response:
     if isinstance(exc, Unavailable):
         log.error("%s %r: %s", request.method, request.scope["path"], exc)
-    return JSONResponse(
-        {"detail": str(exc)}, next(status for kind, status in STATUSES.items() if isinstance(exc, kind))
-    )
+    status = next(status for kind, status in STATUSES.items() if isinstance(exc, kind))
+    return JSONResponse({"detail": str(exc)}, status)
 
 
-async def refused(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, Refused)
+async def unprocessable(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, Unprocessable)
     return JSONResponse({"detail": exc.detail}, 422)
 
 
@@ -38,18 +37,19 @@ async def http_error(request: Request, exc: Exception) -> Response:
 
 
 async def unexpected(request: Request, exc: Exception) -> Response:
-    headers = {name.decode(): value.decode() for name, value in ANSWER_HEADERS}  # nothing of ours is around this one
+    # Starlette makes this answer outside our middleware.
+    headers = {name.decode(): value.decode() for name, value in ANSWER_HEADERS}
     return JSONResponse({"detail": "Internal server error"}, 500, headers)
 
 
-async def gone(request: Request, exc: Exception) -> None:
-    """Whoever sent half a request and left gets no answer, and the log no line."""
+async def client_left(request: Request, exc: Exception) -> None:
+    """Answer nothing and log nothing: the client closed the connection within its request."""
 
 
 exception_handlers: Mapping[Any, Any] = {
     **dict.fromkeys(STATUSES, domain_error),
-    Refused: refused,
+    Unprocessable: unprocessable,
     HTTPException: http_error,
-    ClientDisconnect: gone,
+    ClientDisconnect: client_left,
     Exception: unexpected,
 }

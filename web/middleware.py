@@ -1,4 +1,4 @@
-"""ASGI middleware around every route: headers of each answer, and the limit of a body."""
+"""ASGI middleware around every route: headers of each answer, and the limit of a body. Who may call: see access.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from web.protocol import ANSWER_HEADERS
 
 
 class AnswerHeaders:
-    """ASGI middleware: no answer is kept by a cache or read as another type than it says."""
+    """Adds headers to each answer: caches do not keep it, and browsers do not guess another type for it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -27,11 +27,12 @@ class AnswerHeaders:
 
 
 class BodyLimit:
-    """ASGI middleware: a body over the limit is a 413 in JSON, whether its length was declared or not."""
+    """Answers 413, in JSON, to a body of more than `max_body` bytes, whether its length was declared or not."""
 
     def __init__(self, app: ASGIApp, max_body: int) -> None:
         self.app = app
         self.max_body = max_body
+        self.detail = f"The body is over the limit of {max_body} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):  # their bodies are never read
@@ -39,20 +40,19 @@ class BodyLimit:
             return
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > self.max_body:
-            detail = f"The body is over the limit of {self.max_body} bytes"
-            await JSONResponse({"detail": detail}, 413, {"Connection": "close"})(scope, receive, send)
+            await JSONResponse({"detail": self.detail}, 413, {"Connection": "close"})(scope, receive, send)
             return
-        taken = 0
+        received = 0
 
         async def limited() -> Message:
-            nonlocal taken
+            nonlocal received
             try:
                 message = await receive()
-            except asyncio.CancelledError:  # the server stops, and half a body has come
+            except asyncio.CancelledError:  # the service stops before the whole body has come
                 raise HTTPException(503, "The service is stopping: nothing was stored, try again") from None
-            taken += len(message.get("body", b""))
-            if taken > self.max_body:
-                raise HTTPException(413, f"The body is over the limit of {self.max_body} bytes")
+            received += len(message.get("body", b""))
+            if received > self.max_body:
+                raise HTTPException(413, self.detail)
             return message
 
         await self.app(scope, limited, send)

@@ -1,9 +1,8 @@
-"""What a supervisor asks: is it alive, is it ready."""
+"""Health checks for a supervisor: /health while the process runs, /ready while it can serve and deliver."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,9 +13,7 @@ from hookline.errors import Conflict, Unavailable
 from hookline.store import schema
 from web.services import services_of
 
-log = logging.getLogger("hookline")
-
-ANSWER_WITHIN = 5  # seconds that the database has for /ready
+DATABASE_TIMEOUT = 5  # seconds that the database has to answer for /ready
 
 
 async def health(request: Request) -> Response:
@@ -24,16 +21,16 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 once requests can be served: the database answers, takes writes and is migrated, a worker beats."""
+    """Answer 200 if the database answers, takes writes and is migrated, and a worker runs; else 503 with the reason."""
     services = services_of(request)
     storage = services.storage
     try:
-        async with asyncio.timeout(ANSWER_WITHIN):
+        async with asyncio.timeout(DATABASE_TIMEOUT):
             await storage.read(schema.require_usable)
             problem = await storage.read(services.worker_problem)
             oldest = await storage.read(deliveries.oldest_due)
     except TimeoutError:
-        return JSONResponse({"detail": f"the database does not answer within {ANSWER_WITHIN} s"}, 503)
+        return JSONResponse({"detail": f"the database does not answer within {DATABASE_TIMEOUT} s"}, 503)
     except (Conflict, Unavailable) as exc:
         return JSONResponse({"detail": str(exc)}, 503)
     if problem is not None:

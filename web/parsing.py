@@ -1,4 +1,4 @@
-"""Parse a request: its bytes and query into a model, or a 422 that shows no secret."""
+"""Parse a request: its body or query into a model, or a 422 that shows no secret."""
 
 from __future__ import annotations
 
@@ -7,56 +7,77 @@ import math
 import re
 from typing import Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from starlette.datastructures import QueryParams
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
-from hookline.events import MAX_DEPTH, TOO_DEEP, has_lone_surrogate, is_too_deep
+from hookline.payloads import MAX_DEPTH, TOO_DEEP, has_lone_surrogate, is_too_deep
 from hookline.registration import MASK
 
-SECRET_NAMES = ("secret", "headers")  # what a 422 must not echo
-
+SECRET_NAMES = ("secret", "headers")  # fields that a 422 must not echo
+MAX_ECHO = 2000  # characters of a text that a 422 echoes
+WRONG_TYPE = "Send JSON, with the header  Content-Type: application/json"
 
 M = TypeVar("M", bound=BaseModel)
 
 
-class Refused(Exception):
+class Unprocessable(Exception):
     """A request that cannot be understood: the `detail` of a 422, in FastAPI's shape."""
 
     def __init__(self, detail: list[dict[str, Any]]) -> None:
         self.detail = detail
 
 
-def body_of(model: type[M], content_type: str | None, body: bytes) -> M:
-    """A request's body as `model`. Raises Refused, in the words of the replaced service."""
-    if not body:
-        raise Refused([{"type": "missing", "loc": ["body"], "msg": "Field required", "input": None}])
-    value = decoded(body) if is_json(content_type) else MASK
-    if not isinstance(value, dict):
-        msg = "Input should be a valid dictionary or object to extract fields from"
-        raise Refused([{"type": "model_attributes_type", "loc": ["body"], "msg": msg, "input": without_secrets(value)}])
-    return checked(model, value, "body")
+async def body_of(request: Request, model: type[M], *, default: bytes = b"") -> M:
+    """Read a request's JSON as `model`; an empty body is read as `default`.
+
+    A body must be declared as JSON. So must an empty one if it has a type: a browser's form sends one.
+    Raises Unprocessable, and HTTPException with status 415.
+    """
+    content_type = request.headers.get("content-type")
+    body = await request.body()
+    if (body or content_type) and not (content_type and is_json(content_type)):
+        raise HTTPException(415, WRONG_TYPE)
+    return model_of(model, content_type, body or default)
+
+
+async def legacy_body_of(request: Request, model: type[M]) -> M:
+    """Read a request's JSON as the replaced service did: without a type it is JSON, another type is a 422.
+
+    Raises Unprocessable.
+    """
+    return model_of(model, request.headers.get("content-type"), await request.body())
+
+
+def query_of(request: Request, model: type[M]) -> M:
+    """Read a request's query as `model`. Raises Unprocessable."""
+    return validated(model, dict(request.query_params), "query")
 
 
 def is_json(content_type: str | None) -> bool:
-    """JSON by its declared type, or nothing declared."""
+    """Tell whether a type is JSON's; no type counts as JSON."""
     media_type = (content_type or "application/json").partition(";")[0].strip().lower()
     return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
 
 
-def query_of(model: type[M], query: QueryParams) -> M:
-    """A request's query as `model`. Raises Refused."""
-    return checked(model, dict(query), "query")
+def model_of(model: type[M], content_type: str | None, body: bytes) -> M:
+    """Read bytes as `model`. Raises Unprocessable, in the words of the replaced service."""
+    if not body:
+        raise Unprocessable([{"type": "missing", "loc": ["body"], "msg": "Field required", "input": None}])
+    value = decoded(body) if is_json(content_type) else MASK
+    if not isinstance(value, dict):
+        msg = "Input should be a valid dictionary or object to extract fields from"
+        error = {"type": "model_attributes_type", "loc": ["body"], "msg": msg, "input": without_secrets(value)}
+        raise Unprocessable([error])
+    return validated(model, value, "body")
 
 
 def decoded(body: bytes) -> Any:
-    """JSON. Raises Refused, also for what no answer could show again."""
+    """Decode JSON. Raises Unprocessable, also for values that no answer could show again."""
     try:
         value, is_unicode = from_json(body, allow_inf_nan=False), True
-    except ValueError:  # the json module, which the replaced service used, says what is wrong in the words that it had
+    except ValueError:  # the replaced service used the json module: it describes the fault in the same words
         value, is_unicode = decoded_by_json_module(body), False
     if body.count(b"[") + body.count(b"{") > MAX_DEPTH and is_too_deep(value):
         raise not_json(0, TOO_DEEP.capitalize())
@@ -67,7 +88,7 @@ def decoded(body: bytes) -> Any:
 
 def decoded_by_json_module(body: bytes) -> Any:
     try:
-        return json.loads(body.decode(), parse_constant=no_constant)
+        return json.loads(body.decode(), parse_constant=refuse_constant)
     except UnicodeDecodeError as exc:
         raise not_json(exc.start, "Invalid UTF-8") from None
     except json.JSONDecodeError as exc:
@@ -78,29 +99,30 @@ def decoded_by_json_module(body: bytes) -> Any:
         raise not_json(0, str(exc)) from None
 
 
-def not_json(at: int, reason: str) -> Refused:
-    error = {"type": "json_invalid", "loc": ["body", at], "msg": "JSON decode error", "input": {}}
-    return Refused([{**error, "ctx": {"error": reason}}])
-
-
-def no_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def checked(model: type[M], value: Any, place: str) -> M:
+def not_json(offset: int, reason: str) -> Unprocessable:
+    error = {"type": "json_invalid", "loc": ["body", offset], "msg": "JSON decode error", "input": {}}
+    return Unprocessable([{**error, "ctx": {"error": reason}}])
+
+
+def validated(model: type[M], value: Any, source: str) -> M:
+    """Validate a value that came from `source`, which is `body` or `query`. Raises Unprocessable."""
     try:
         return model.model_validate(value)
     except ValidationError as exc:
-        raise Refused([shown_error(dict(error), place) for error in exc.errors(include_url=False)]) from None
+        raise Unprocessable([shown_error(dict(error), source) for error in exc.errors(include_url=False)]) from None
 
 
-def shown_error(error: dict[str, Any], place: str) -> dict[str, Any]:
-    secret = any(part in SECRET_NAMES for part in error["loc"])
+def shown_error(error: dict[str, Any], source: str) -> dict[str, Any]:
+    is_secret = any(part in SECRET_NAMES for part in error["loc"])
     shown = {
         "type": error["type"],
-        "loc": [place, *(printable(part) for part in error["loc"])],
+        "loc": [source, *(printable(part) for part in error["loc"])],
         "msg": error["msg"],
-        "input": MASK if secret else without_secrets(error["input"]),
+        "input": MASK if is_secret else without_secrets(error["input"]),
     }
     if "ctx" in error:
         shown["ctx"] = {
@@ -110,7 +132,7 @@ def shown_error(error: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def without_secrets(value: Any) -> Any:
-    """An input as it may be echoed: secrets and passwords masked, long text cut, always encodable."""
+    """Return an input as it may be echoed: secrets and passwords masked, long text cut, always encodable."""
     if isinstance(value, dict):
         return {
             printable(name): MASK if name in SECRET_NAMES else without_secrets(item) for name, item in value.items()
@@ -123,4 +145,4 @@ def without_secrets(value: Any) -> Any:
 
 
 def printable(value: Any) -> Any:
-    return value.encode(errors="replace").decode()[:2000] if isinstance(value, str) else value
+    return value.encode(errors="replace").decode()[:MAX_ECHO] if isinstance(value, str) else value

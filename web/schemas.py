@@ -1,4 +1,4 @@
-"""What comes in and what goes out over HTTP: pydantic types for the one, plain functions for the other."""
+"""Types of request bodies and queries, and the JSON of answers."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from hookline.registration import (
     MIN_SECRET,
     MIN_WAIT,
 )
-from web.cursors import opened_number, opened_place, opened_text
+from web.cursors import number_in, text_in, time_and_id_in
 
-NOT_GIVEN: Any = None  # a default that is never validated nor used: see `given`
+ABSENT: Any = None  # a default that is neither validated nor read: see `WebhookChangesBody.changes`
 
 
 class Json(JSONResponse):
@@ -49,8 +49,11 @@ class Json(JSONResponse):
         return to_json(content)
 
 
+# Types of fields
+
+
 def problem_free(problem_of: Callable[[Any], str | None]) -> AfterValidator:
-    """What comes in must be without a problem, in the words of `hookline.registration`."""
+    """Refuse a value that has a problem, in the words of `hookline.registration`."""
 
     def check(value: Any) -> Any:
         if (problem := problem_of(value)) is not None:
@@ -61,7 +64,7 @@ def problem_free(problem_of: Callable[[Any], str | None]) -> AfterValidator:
 
 
 def url_problem(url: HttpUrl) -> str | None:
-    """Pydantic vouches for its shape, which is checked again when it is stored."""
+    """Name a problem that pydantic does not look for. Storing checks the whole URL again."""
     text = str(url)
     return registration.url_problem(text) if "@" in text or len(text) > MAX_URL else None
 
@@ -72,21 +75,6 @@ def no_nul(text: Any) -> Any:
     return text
 
 
-Text = Annotated[str, AfterValidator(no_nul)]
-Url = Annotated[HttpUrl, BeforeValidator(no_nul), problem_free(url_problem)]
-Secret = Annotated[str, Field(min_length=MIN_SECRET, max_length=MAX_SECRET), problem_free(registration.secret_problem)]
-NewSecret = Annotated[Secret, problem_free(registration.key_problem)]
-Seconds = Annotated[float, Field(ge=MIN_WAIT, le=MAX_WAIT)]
-Name = Annotated[Text, Field(max_length=MAX_NAME)]
-Events = Annotated[list[Name], Field(max_length=MAX_EVENTS)]
-Description = Annotated[Text, Field(max_length=MAX_DESCRIPTION)]
-Headers = Annotated[
-    dict[str, Annotated[str, Field(max_length=MAX_HEADER_VALUE)]],
-    Field(max_length=MAX_HEADERS),
-    problem_free(registration.headers_problem),
-]
-
-
 def utc(moment: datetime) -> datetime:
     try:
         return moment.astimezone(UTC)
@@ -94,11 +82,30 @@ def utc(moment: datetime) -> datetime:
         raise PydanticCustomError("time_range", "Time should be in the years 1 to 9999 of UTC") from None
 
 
+Text = Annotated[str, AfterValidator(no_nul)]
+Url = Annotated[HttpUrl, BeforeValidator(no_nul), problem_free(url_problem)]
+Secret = Annotated[str, Field(min_length=MIN_SECRET, max_length=MAX_SECRET), problem_free(registration.secret_problem)]
+NewSecret = Annotated[Secret, problem_free(registration.key_problem)]
+Seconds = Annotated[float, Field(ge=MIN_WAIT, le=MAX_WAIT)]
+Name = Annotated[Text, Field(max_length=MAX_NAME)]
+EventType = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Events = Annotated[list[Name], Field(max_length=MAX_EVENTS)]
+Description = Annotated[Text, Field(max_length=MAX_DESCRIPTION)]
+Headers = Annotated[
+    dict[str, Annotated[str, Field(max_length=MAX_HEADER_VALUE)]],
+    Field(max_length=MAX_HEADERS),
+    problem_free(registration.headers_problem),
+]
 Moment = Annotated[AwareDatetime, AfterValidator(utc)]
-Place = Annotated[tuple[datetime, str], BeforeValidator(opened_place)]
+TimeAndId = Annotated[tuple[datetime, str], BeforeValidator(time_and_id_in)]  # of a cursor
+TextCursor = Annotated[str, BeforeValidator(text_in)]
+NumberCursor = Annotated[int, BeforeValidator(number_in)]
 
 
-class Registration(BaseModel):
+# Bodies
+
+
+class RegistrationBody(BaseModel):
     """`POST /api/v1/webhooks/register`, as the replaced service took it. `sport` is checked and not kept, as there."""
 
     url: Url
@@ -109,12 +116,12 @@ class Registration(BaseModel):
 
 
 class Strict(BaseModel):
-    """What new routes refuse besides: unknown fields."""
+    """A model that refuses unknown fields, as all new routes do."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class NewWebhook(Strict):
+class WebhookBody(Strict):
     """`POST /api/v1/webhooks`. Without a `secret` one is generated."""
 
     url: Url
@@ -125,51 +132,47 @@ class NewWebhook(Strict):
     headers: Headers | None = None
 
 
-class WebhookChanges(Strict):
-    """`PATCH /api/v1/webhooks/{id}`: only what is given changes; null clears what may be null."""
+class WebhookChangesBody(Strict):
+    """`PATCH /api/v1/webhooks/{id}`: only the fields that are present change; null clears a field that may be null."""
 
-    url: Url = NOT_GIVEN
-    events: Events = NOT_GIVEN
+    url: Url = ABSENT
+    events: Events = ABSENT
     team: Name | None = None
     description: Description | None = None
     headers: Headers | None = None
-    enabled: bool = NOT_GIVEN
+    enabled: bool = ABSENT
     retry_schedule: Annotated[list[Seconds], Field(min_length=1, max_length=MAX_RETRIES)] | None = None
     rate_limit: Annotated[float, Field(ge=MIN_RATE, le=MAX_RATE)] | None = None
-    ordered: bool = NOT_GIVEN
+    ordered: bool = ABSENT
 
-    def given(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-class Rotation(Strict):
+class RotationBody(Strict):
     """`POST /api/v1/webhooks/{id}/rotate-secret`: the old secret keeps signing for `overlap_seconds`."""
 
     secret: NewSecret | None = None
     overlap_seconds: int = Field(24 * 3600, ge=0, le=MAX_OVERLAP)
 
 
-class NoFields(Strict):
-    """What needs no body, and takes none but an empty object: cancel, retry."""
+class TestEventBody(Strict):
+    """`POST /api/v1/webhooks/{id}/test`. `webhooks.send_test` has the defaults."""
 
-
-class TestEvent(Strict):
-    """`POST /api/v1/webhooks/{id}/test`. What is not given is as `hookline.events` has it."""
-
-    event_type: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+    event_type: EventType | None = None
     data: dict[str, Any] | None = None
 
 
-class NewEvent(Strict):
+class EventBody(Strict):
     """`POST /api/v1/events`. The key may come in the header `Idempotency-Key` instead."""
 
-    event_type: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    event_type: EventType
     data: dict[str, Any]
     idempotency_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY)] | None = None
 
 
-class Replay(Strict):
-    """`POST /api/v1/webhooks/{id}/replay`: of the events from `since` on, those that `failed` to arrive, or `all`."""
+class ReplayBody(Strict):
+    """`POST /api/v1/webhooks/{id}/replay`: events from `since` on, only those that `failed` to arrive or `all`."""
 
     since: Moment
     until: Moment | None = None
@@ -177,53 +180,60 @@ class Replay(Strict):
     dry_run: bool = False
 
 
-class Page(Strict):
-    """The query of a listing."""
+class EmptyBody(Strict):
+    """A body without fields, for a route that needs none: cancel, retry."""
+
+
+# Queries
+
+
+class PageQuery(Strict):
+    """The query of a listing. An empty value counts as absent."""
 
     limit: int = Field(50, ge=1, le=200)
 
     @field_validator("*", mode="before")  # the last one defined is the first one run
     @classmethod
-    def empty_is_not_given(cls, value: Any) -> Any:
+    def empty_is_absent(cls, value: Any) -> Any:
         if value == "":
             raise PydanticUseDefault()
         return value
 
 
-class Listing(Page):
+class WebhooksQuery(PageQuery):
     """The query of `GET /api/v1/webhooks`."""
 
     team: Text | None = None
     event: Text | None = None
     enabled: bool | None = None
-    cursor: Place | None = None
+    cursor: TimeAndId | None = None
 
 
-class ReplayListing(Page):
+class ReplaysQuery(PageQuery):
     """The query of `GET /api/v1/replays`."""
 
     webhook_id: Text | None = None
     state: Literal["running", "finished", "cancelled"] | None = None
-    cursor: Annotated[str, BeforeValidator(opened_text)] | None = None
+    cursor: TextCursor | None = None
 
 
-class EventListing(Page):
+class EventsQuery(PageQuery):
     """The query of `GET /api/v1/events`."""
 
     event_type: Text | None = None
-    cursor: Place | None = None
+    cursor: TimeAndId | None = None
 
 
-class Explaining(Page):
+class ExplainQuery(PageQuery):
     """The query of `GET /api/v1/events/{event_id}/explain`."""
 
-    cursor: Annotated[str, BeforeValidator(opened_text)] = ""
+    cursor: TextCursor = ""
 
 
-class DeliveryListing(Page):
+class DeliveriesQuery(PageQuery):
     """The query of `GET /api/v1/deliveries`."""
 
     webhook_id: Text | None = None
     event_id: Text | None = None
     status: Literal["pending", "succeeded", "failed", "cancelled"] | None = None
-    cursor: Annotated[int, BeforeValidator(opened_number)] | None = None
+    cursor: NumberCursor | None = None

@@ -1,4 +1,4 @@
-"""What the routes need of the service, as one value; made at assembly."""
+"""Services: all that the routes need of the rest, as one value that assembly makes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hookline.store.storage import Storage
 class Services:
     storage: Storage
     allowed_networks: Sequence[Network]
-    worker_problem: Callable[..., str | None]  # of the database: why nothing is delivered, None if it is
+    worker_problem: Callable[..., str | None]  # takes the database; the reason why no worker delivers, None if one does
 
 
 def services_of(request: Request) -> Services:

@@ -1,7 +1,7 @@
-"""Which addresses are public, by tables of our own: `ipaddress.is_global` differs between Python patch levels.
+"""Tables of public addresses and of ports. They are our own: `ipaddress.is_global` differs between Python patch levels.
 
-Sources: IANA's special-purpose address registries for IPv4 and IPv6 (RFC 6890). What stands in them is refused, what is
-"globally reachable" there too: an anycast service of the network itself is nobody's endpoint. The ports are the
+Sources: IANA's special-purpose address registries for IPv4 and IPv6 (RFC 6890). All of their networks are refused, the
+"globally reachable" ones too: an anycast service of the network itself is nobody's endpoint. The ports are the
 "bad ports" of the Fetch standard (https://fetch.spec.whatwg.org/#port-blocking): protocols that a POST could talk to.
 """
 
@@ -48,7 +48,7 @@ SPECIAL_IPV6 = [  # of the global unicast addresses; everything else is refused
 ]
 
 MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")  # the socket connects to the IPv4 address itself
-EMBEDDING = [  # a network, and how many bits are behind the IPv4 address that a router would go on to
+EMBEDDING = [  # a network, and the number of bits behind the IPv4 address to which a router would forward
     (ipaddress.IPv6Network("::/96"), 0),  # IPv4-compatible (RFC 4291)
     (ipaddress.IPv6Network("::ffff:0:0:0/96"), 0),  # SIIT (RFC 2765)
     (ipaddress.IPv6Network("64:ff9b::/96"), 0),  # NAT64 (RFC 6052)
@@ -69,14 +69,14 @@ BAD_PORTS = frozenset((
 
 
 def is_public(ip: Address) -> bool:
-    """Is this an ordinary address of the internet? Addresses that it embeds are not looked at."""
+    """Tell whether this is an ordinary address of the internet, whatever addresses it embeds."""
     if isinstance(ip, ipaddress.IPv4Address):
         return not any(ip in network for network in SPECIAL_IPV4)
     return ip in GLOBAL_UNICAST and not any(ip in network for network in SPECIAL_IPV6)
 
 
 def with_embedded(ip: Address) -> list[Address]:
-    """The addresses that a connection to this one may reach: itself, and the IPv4 addresses that it embeds."""
+    """Return the addresses that a connection to this one may reach: itself, and the IPv4 addresses that it embeds."""
     if isinstance(ip, ipaddress.IPv4Address):
         return [ip]
     number = int(ip)

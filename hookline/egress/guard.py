@@ -1,10 +1,10 @@
 """The guard: deliveries connect to public addresses and to those allowed, no others.
 
-It is asked about an address right before a socket connects to it, so it sees literals in every spelling and each DNS
-answer as it is used: there is no moment in between to swap it (DNS rebinding).
+The client asks it about an address right before a socket connects to it. So it sees literals in every spelling, and
+each DNS answer as it is used: no other answer can take its place in between (DNS rebinding).
 
-What an attempt records of a refused name holds no address: whoever may register a webhook would otherwise learn the
-addresses behind the operator's internal names. The operator's log has them.
+An attempt records no address of a name that was refused: customers would learn the addresses behind the operator's
+internal names. The operator's log has them.
 """
 
 from __future__ import annotations
@@ -24,25 +24,18 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Listening = tuple[str, int]  # host and port
 
 HOST = re.compile(r"(?i)https?://(?:[^/?#@]*@)?(\[[^\]]*\]|[^/?#:]*)(?::([0-9]{1,5})(?![^/?#]))?")
-KEPT = 1024  # bytes of an answer
-QUIET = 60.0  # seconds between two lines in the log about one host
-MAX_QUIET = 1000  # hosts that are remembered for that
 TO_ALLOW = "to allow it, add its network to ALLOWED_NETWORKS"
 NAME_REFUSED = (
-    "what the endpoint's name leads to is not a public address: to allow it, the operator adds its network to "
-    "ALLOWED_NETWORKS"
+    "the endpoint's name resolves to something that is not a public address: to allow it, the operator adds its "
+    "network to ALLOWED_NETWORKS"
 )
 OWN_REFUSED = "this service listens there: it does not deliver to itself"
 
 log = logging.getLogger("hookline")
 
 
-class Refused(OSError):
-    """The guard does not let us connect there."""
-
-
 def refusal(address: str, allowed: Sequence[Network]) -> str | None:
-    """Why the guard refuses this address, in a sentence that names the setting; None if it lets it through."""
+    """Return why the guard refuses an address, in a sentence that names the setting; None if it lets it through."""
     for ip in with_embedded(ip_of(address)):
         if not is_public(ip) and not is_allowed(ip, allowed):
             return f"{ip} is not a public address: {TO_ALLOW}"
@@ -50,7 +43,7 @@ def refusal(address: str, allowed: Sequence[Network]) -> str | None:
 
 
 def port_refusal(address: str, port: int, allowed: Sequence[Network]) -> str | None:
-    """Why the guard refuses this port, which no endpoint has; None if it, or the address, is allowed."""
+    """Return why the guard refuses a port that no endpoint has; None if the port or the address is allowed."""
     if port not in BAD_PORTS or all(is_allowed(ip, allowed) for ip in with_embedded(ip_of(address))):
         return None
     return port_sentence(port)
@@ -69,9 +62,10 @@ def is_allowed(ip: Address, allowed: Sequence[Network]) -> bool:
 
 
 def literal_refusal(url: str, allowed: Sequence[Network]) -> str | None:
-    """The guard's opinion of a URL whose host is an address, or a name that always means this machine.
+    """Return why the guard refuses a URL whose host is an address, or a name that always means this machine.
 
-    Of another name only its port can be told, and only while no network is allowed.
+    None if it lets it through, and for any other name: of these only the port can be judged before the look-up, and
+    only if no network is allowed.
     """
     match = HOST.match(url)
     if match is None:
@@ -96,7 +90,7 @@ def literal_host_refusal(host: str, port: int, allowed: tuple[Network, ...]) -> 
 
 
 def leads_here(address: tuple[Any, ...], own: Listening | None) -> bool:
-    """Does a socket that connects to this address reach what this process listens on?"""
+    """Tell whether a socket that connects to this address reaches the one on which this process listens."""
     if own is None or address[1] != own[1]:
         return False
     reached = with_embedded(ip_of(address[0]))
@@ -104,7 +98,7 @@ def leads_here(address: tuple[Any, ...], own: Listening | None) -> bool:
         return True
     try:
         bound = ip_of(own[0])
-    except ValueError:  # a name: any address of this machine
+    except ValueError:  # a name: it may be any address of this machine
         bound = ipaddress.IPv4Address(0)
     if not bound.is_unspecified:
         return bound in reached
@@ -112,13 +106,12 @@ def leads_here(address: tuple[Any, ...], own: Listening | None) -> bool:
 
 
 def is_local(address: str) -> bool:
-    """Is it an address of this machine? Only such can be bound."""
+    """Tell whether this is an address of this machine, by binding a socket to it."""
     try:
-        family, kind, _, _, found = socket.getaddrinfo(
-            address, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-        )[0]
+        infos = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        family, kind, _, _, socket_address = infos[0]
         with socket.socket(family, kind) as probe:
-            probe.bind(found)
+            probe.bind(socket_address)
             return True
     except OSError:
         return False

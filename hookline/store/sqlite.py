@@ -1,4 +1,4 @@
-"""SQLite: reads at once, and one writer that commits in groups."""
+"""SQLite: short reads on the event loop, and one writer thread that commits in groups."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from peewee import Database
 
 from hookline.errors import Unavailable
 from hookline.store.failures import error_name, sentence_for
-from hookline.store.storage import GROUP_LIMIT, Job, Storage, T, deliver, read_now, run_all
-from hookline.store.units import require_own, unit
+from hookline.store.storage import GROUP_LIMIT, Storage, T, Write, read_now, resolve, run_all
+from hookline.store.units import connected, unit
 
 
 class GroupFailed(Exception):
-    """The transaction of a whole group is lost: none of its writes may be acknowledged."""
+    """The transaction of a whole group was rolled back: none of its writes may be acknowledged."""
 
 
 class SqliteStorage(Storage):
-    """Reads on the event loop's own connection, writes in one thread that commits in groups.
+    """Reads on the event loop's thread, writes on one thread that commits in groups.
 
-    A point look-up in WAL mode takes less than a hop to a thread, and never waits for the writer. Each statement of the
-    writer gives up the GIL and must win it back from the event loop, hence few statements for many writes.
+    A look-up in WAL mode takes less time than a hop to a thread, and never waits for the writer. Each statement of the
+    writer releases the GIL and must get it back from the event loop, hence few statements for many writes.
     """
 
     def __init__(self, db: Database) -> None:
         super().__init__(db)
-        self._waiting: list[Job] = []  # of this turn of the event loop
-        self._jobs: SimpleQueue[list[Job] | None] = SimpleQueue()
+        self._waiting: list[Write] = []  # made in this turn of the event loop
+        self._handed_over: SimpleQueue[list[Write] | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
 
     def forked(self) -> None:
@@ -39,19 +39,18 @@ class SqliteStorage(Storage):
         self._writer = None
 
     async def start(self) -> None:
-        require_own(self.db)
         self._loop = asyncio.get_running_loop()
-        self.db.connect(reuse_if_open=True)  # the loop's own, for reads: they never span an await or a transaction
+        with connected(self.db):  # raises Unavailable if it cannot be opened
+            pass
         self._writer = threading.Thread(target=self._write_groups, name="hookline-writer", daemon=True)
         self._writer.start()
 
     async def stop(self) -> None:
-        writer, self._writer = self._writer, None  # from here on writes are refused, not queued behind the end
+        writer, self._writer = self._writer, None  # from here on writes are refused
         if writer is not None:
             self._hand_over()
-            self._jobs.put(None)
+            self._handed_over.put(None)
             await anyio.to_thread.run_sync(writer.join)
-        self.db.close()
         self.db.close_all()  # type: ignore[attr-defined]
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:
@@ -61,74 +60,73 @@ class SqliteStorage(Storage):
         return await anyio.to_thread.run_sync(read_now, self.db, fn, *args)
 
     async def write(self, fn: Callable[..., T], *args: Any) -> T:
-        answer: T = await self._enqueue(fn, args, together=False)
-        return answer
+        result: T = await self._enqueue(fn, args, together=False)
+        return result
 
     async def write_together(self, fn: Callable[[Database, list[Any]], Sequence[T]], item: Any) -> T:
-        answer: T = await self._enqueue(fn, (item,), together=True)
-        return answer
+        result: T = await self._enqueue(fn, (item,), together=True)
+        return result
 
     def _enqueue(self, fn: Callable[..., Any], args: tuple[Any, ...], together: bool) -> asyncio.Future[Any]:
         if self._writer is None:
             raise Unavailable(self._why_refused)
-        if not self._waiting:  # the writer gets all writes of this turn of the loop at once
+        if not self._waiting:  # hand over all writes of this turn at once
             self._loop.call_soon(self._hand_over)
         future = self._loop.create_future()
-        self._waiting.append(Job(fn, args, future, together))
+        self._waiting.append(Write(fn, args, future, together))
         return future
 
     def _hand_over(self) -> None:
         if self._waiting:
-            self._jobs.put(self._waiting)
+            self._handed_over.put(self._waiting)
             self._waiting = []
 
     def _write_groups(self) -> None:
         while (group := self._next_group()) is not None:
-            answers = self._commit(group)
-            self._loop.call_soon_threadsafe(deliver, group, answers)
+            self._loop.call_soon_threadsafe(resolve, group, self._commit(group))
 
-    def _next_group(self) -> list[Job] | None:
-        """All that is waiting, at least one; None once stopped."""
-        jobs = self._jobs.get()
-        if jobs is None:
+    def _next_group(self) -> list[Write] | None:
+        """Wait for at least one write; return all that wait, up to about GROUP_LIMIT, or None once stopped."""
+        writes = self._handed_over.get()
+        if writes is None:
             return None
-        group = list(jobs)
-        while len(group) < GROUP_LIMIT and not self._jobs.empty():
-            jobs = self._jobs.get()
-            if jobs is None:
-                self._jobs.put(None)
+        group = list(writes)
+        while len(group) < GROUP_LIMIT and not self._handed_over.empty():
+            writes = self._handed_over.get()
+            if writes is None:
+                self._handed_over.put(None)
                 break
-            group += jobs
+            group += writes
         return group
 
-    def _commit(self, group: list[Job]) -> list[Any]:
-        """An answer for each write of the group: its result, or the exception it must raise.
+    def _commit(self, group: list[Write]) -> list[Any]:
+        """Commit a group; returns for each write its result, or the exception that it must raise.
 
-        Most groups have no failing write, so a group is first run without savepoints, which cost as much as the
-        writes. If one fails, all is rolled back, and the group is run again with a savepoint around each.
+        Savepoints cost as much as the writes, and few groups have a write that fails: so a group is run without them
+        first. If one fails everything is rolled back, and the group is run again with a savepoint around each write.
         """
         try:
             with unit(self.db):
                 return run_all(self.db, group)
         except Exception as exc:
-            if error_name(exc) == "SQLITE_BUSY":  # waited long enough once
+            if error_name(exc) == "SQLITE_BUSY":  # it has waited for BUSY_TIMEOUT: do not wait again
                 return [Unavailable(sentence_for(exc))] * len(group)
             return self._commit_each(group)
 
-    def _commit_each(self, group: list[Job]) -> list[Any]:
+    def _commit_each(self, group: list[Write]) -> list[Any]:
         try:
             with unit(self.db):
-                return [self._attempt(job) for job in group]
+                return [self._attempt(write) for write in group]
         except Exception as exc:
             failure = exc if isinstance(exc, Unavailable) else Unavailable(sentence_for(exc))
             return [failure] * len(group)
 
-    def _attempt(self, job: Job) -> Any:
+    def _attempt(self, write: Write) -> Any:
         try:
             with self.db.atomic():
-                return job.run(self.db)
+                return write.run(self.db)
         except Exception as exc:
-            # A full disk or an I/O error may have ended the whole transaction, the neighbours' writes with it.
+            # A full disk or an I/O error may have rolled back the whole transaction, with the other writes.
             if not self._still_in_transaction() or error_name(exc) not in ("", "SQLITE_CONSTRAINT"):
                 raise GroupFailed from exc
             return exc

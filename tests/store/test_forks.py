@@ -258,6 +258,35 @@ def test_a_storage_of_the_parent_takes_nothing_in_a_child(place: Place) -> None:
     assert rows(place, "SELECT count(*) FROM deliveries WHERE status = 'pending' AND leased") == [(0,)]
 
 
+BESIDE_A_SERVICE = (
+    HEAD
+    + """
+import asyncio
+manager = WebhookManager(url)
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        for number in range(20):
+            publish("b", {"n": number})
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+async def serve():
+    await manager.startup()
+    await asyncio.to_thread(fork)
+    await manager.shutdown()
+
+asyncio.run(serve())
+"""
+)
+
+
+def test_a_thread_beside_a_running_service_may_fork(place: Place) -> None:
+    run(BESIDE_A_SERVICE, place)
+    assert events(place) == 20
+
+
 CONNECTS = (
     HEAD
     + """

@@ -83,8 +83,8 @@ def test_what_changed_in_the_file_alone_comes_over_beside_what_changed_here(
     assert counts(import_file(db, file)) == (0, 1, 1, 0)
     webhook = row(db)
     assert (webhook["url"], webhook["events"], webhook["secret"]) == ("https://example.com/new", '["c"]', SECRET)
-    assert [one["webhook_id"] for one in manager.list(event="c")] == ["x"]
-    assert [one["webhook_id"] for one in manager.list(event="game_started")] == ["y"]
+    assert [webhook["webhook_id"] for webhook in manager.list(event="c")] == ["x"]
+    assert [webhook["webhook_id"] for webhook in manager.list(event="game_started")] == ["y"]
     assert counts(import_file(db, file)) == (0, 0, 2, 0)
 
 
@@ -125,8 +125,8 @@ def test_a_field_that_changed_on_both_sides_is_reported_and_kept(
         assert report.contested == told
     webhook = row(db)
     assert (webhook["url"], webhook["secret"], webhook["team"]) == ("https://example.com/ours", SECRET, "buf")
-    again = import_file(db, file)
-    assert (counts(again), again.contested) == ((0, 0, 2, 1), told)
+    repeated = import_file(db, file)
+    assert (counts(repeated), repeated.contested) == ((0, 0, 2, 1), told)
 
 
 def test_overwrite_takes_the_files_value_where_both_changed_and_only_there(
@@ -167,7 +167,7 @@ def test_a_webhook_that_no_import_has_noted_keeps_what_it_has(
         assert report.contested == [
             f"{webhook_id}: url: differs from ours, and no import has noted it yet: our value is kept"
         ]
-    # What agreed has been noted, so that a later change of the file is known for one.
+    # Fields that agreed have been noted, so that a later change in the file is recognized.
     written(file, **{webhook_id: entry | {"team": "buf"}})
     assert counts(import_file(db, file)) == (0, 1, 0, 0)
     assert manager.get(webhook_id)["team"] == "buf"
@@ -218,7 +218,7 @@ def test_a_secret_of_the_file_is_taken_at_once_without_an_overlap(
 def test_what_an_import_notes_holds_no_secret(db: Database, file: Path) -> None:
     import_file(db, file)
     with db.connection_context():
-        notes = {one.webhook_id: json.loads(one.entry) for one in Import.select().bind(db).execute()}
+        notes = {row.webhook_id: json.loads(row.entry) for row in Import.select().bind(db).execute()}
     assert {name: notes["x"][name] for name in ("url", "events", "team", "enabled")} == {
         name: ENTRY[name] for name in ("url", "events", "team", "enabled")
     }
@@ -243,7 +243,7 @@ def test_an_entry_that_leaves_fields_out_says_nothing_of_them(
 
 @pytest.mark.parametrize("team", [None, "", 'a "quoted" \\ team', "größer 🏈\x1b"])
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_note_is_the_json_of_its_entry(team: str | None, enabled: bool) -> None:
+def test_the_text_of_a_note_is_its_json(team: str | None, enabled: bool) -> None:
     row: dict[str, Any] = {
         "webhook_id": "x",
         "url": 'https://example.com/"\u2028',
@@ -254,7 +254,7 @@ def test_a_note_is_the_json_of_its_entry(team: str | None, enabled: bool) -> Non
         "created_at": "2025-10-19T17:00:05.123456Z",
         "enabled": enabled,
     }
-    assert imports.note_of(row) == json.dumps(imports.entry_of(row))
+    assert imports.note_text(row) == json.dumps(imports.note_of(row))
 
 
 def test_ids_of_strangers_do_not_drive_the_terminal(place: Place, tmp_path: Path) -> None:
@@ -283,9 +283,7 @@ def test_the_command_lists_conflicts_and_overwrites_when_told(place: Place, db: 
     assert row(db)["team"] == "theirs"
 
 
-def test_an_import_that_another_one_is_in_the_way_of_waits_and_finds_nothing_new(
-    place: Place, db: Database, file: Path
-) -> None:
+def test_a_second_import_waits_for_the_first_and_finds_nothing_new(place: Place, db: Database, file: Path) -> None:
     holds, goes_on = threading.Event(), threading.Event()
 
     def hold(what: str, done: int, total: int) -> None:
