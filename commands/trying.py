@@ -59,11 +59,11 @@ def verify(file: BinaryIO, headers: tuple[str, ...], secret: str, at: float | No
 @secret_option
 def listen(port: int, status: int, secret: str) -> None:
     """Receive deliveries on 127.0.0.1 and print each, with whether its signature holds. For trying things out."""
-    from hookline import receiving
+    from commands import receiver
 
     try:
         listener = socket.create_server(("127.0.0.1", port))
     except OSError as exc:
         raise click.ClickException(f"port {port} cannot be used: {os.strerror(exc.errno or 0)}") from exc
     click.echo(f"listening on http://127.0.0.1:{listener.getsockname()[1]}; stop with Ctrl-C")
-    receiving.run(listener, status, secret, click.echo)
+    receiver.run(listener, status, secret, click.echo)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from hookline import clock, policy, signing
 from hookline.egress.client import Client
+from hookline.egress.names import Busy
 from hookline.policy import Result
 from hookline.worker.jobs import Job, Settled
 
@@ -16,7 +17,10 @@ UNUSABLE = "the delivery could not be made: the webhook's headers or its secret 
 
 
 async def attempt(client: Client, job: Job) -> Result:
-    """Send the request. Whatever goes wrong is its result, so that it is counted."""
+    """Send the request. Whatever goes wrong is its result, so that it is counted.
+
+    Raises Busy if nothing was sent, for lack of a thread that looks the name up: that is nobody's failure.
+    """
     started_at = clock.now()
     try:
         headers = signed_headers(job)
@@ -24,6 +28,8 @@ async def attempt(client: Client, job: Job) -> Result:
         return Result(started_at, 0, error=f"{UNUSABLE}: {type(exc).__name__}")
     try:
         return await client.post(job.url, job.body, headers)
+    except Busy:
+        raise
     except Exception as exc:
         return Result(started_at, 0, error=f"the request failed: {type(exc).__name__}")
 

@@ -20,6 +20,7 @@ from peewee import Database
 
 from hookline import clock, lanes, replays, retention
 from hookline.egress.client import Client
+from hookline.egress.names import Busy
 from hookline.errors import Unavailable
 from hookline.lanes import Wake
 from hookline.policy import Rules
@@ -251,6 +252,10 @@ class Worker:
             return
         try:
             result = await attempts.attempt(self.client, job)
+        except Busy:
+            self._end(job)
+            await self._release([job.delivery_id])
+            return
         except BaseException:  # it was cancelled
             self._end(job)
             raise
