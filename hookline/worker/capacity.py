@@ -1,7 +1,7 @@
 """Bounds on the requests that one process has in flight, in all and to one webhook. Thread-safe: publishers ask.
 
 A lease takes a slot when it is committed, or is given back at once if none is left. Until its commit it counts within
-its own transaction alone (`events.Uncommitted`): one that is rolled back, or stays open for long, holds no slot.
+its own transaction alone (see events.py): one that is rolled back, or stays open for long, holds no slot.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ class Job(NamedTuple):
 
     def secrets(self, now: datetime) -> list[str]:
         """The secrets that sign, newest first."""
-        kept = rotation.kept(self.previous_secret, self.previous_secret_expires_at, self.earlier_secrets, now)
+        old = rotation.OldSecrets(self.previous_secret, self.previous_secret_expires_at, self.earlier_secrets)
+        kept = old.kept(now)
         return [self.secret, *(secret for secret, _ in reversed(kept))]
 
     def own_headers(self) -> dict[str, str]:
