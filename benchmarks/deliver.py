@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from ipaddress import ip_network
@@ -30,7 +31,8 @@ from benchmarks.report import Figure
 from hookline import WebhookManager, events, webhooks
 from hookline.egress import Client
 from hookline.events import NewEvent
-from hookline.policy import Rules
+from hookline.lanes import Slots
+from hookline.policy import DEFAULT
 from hookline.store.open import open_database, storage_of
 from hookline.store.storage import Storage
 from hookline.worker import claiming
@@ -131,7 +133,7 @@ def claims() -> Iterator[Figure]:
 
 def claim(db: Database) -> None:
     with db.connection_context(), db.atomic() as transaction:
-        assert len(claiming.claim(db, Rules(), 100, {}, [])) == 100
+        assert len(claiming.claim(db, Slots(100, 100), DEFAULT.lease)) == 100
         transaction.rollback()
 
 
@@ -151,7 +153,7 @@ async def healthy_p95(hanging: bool) -> float:
             manager.register(f"http://127.0.0.1:{hang_port}/", ["goal"], SECRET)
             backlog(db, BACKLOG)
         storage = storage_of(db)
-        worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=2), Rules(timeout=2))
+        worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=2), replace(DEFAULT, timeout=2))
         await storage.start()
         await worker.start()
         await asyncio.sleep(1)  # the hanging one has taken the slots it gets

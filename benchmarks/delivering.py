@@ -10,6 +10,7 @@ import ipaddress
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -21,7 +22,7 @@ from assembly import quiet_gc
 from hookline import WebhookManager, events
 from hookline.egress import Client
 from hookline.events import NewEvent
-from hookline.policy import Rules
+from hookline.policy import DEFAULT
 from hookline.store.open import open_database, storage_of
 from hookline.store.storage import Storage
 from hookline.worker.worker import Worker
@@ -91,7 +92,7 @@ async def main() -> None:
             manager.register(f"{url}{fan_out}/{number}", [f"fan_{fan_out}"], "a-secret-of-enough-characters")
     storage = storage_of(db)
     client = Client(allowed=[ipaddress.ip_network("127.0.0.0/8")])
-    worker = Worker(storage, client, Rules(concurrency=CONCURRENCY))
+    worker = Worker(storage, client, replace(DEFAULT, concurrency=CONCURRENCY))
     await storage.start()
     await worker.start()
     quiet_gc()

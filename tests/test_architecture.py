@@ -9,10 +9,11 @@ import pytest
 
 from tests.conftest import ROOT
 
-OURS = {"app", "assembly", "manage", "settings", "models", "hookline", "web"}
+OURS = {"app", "assembly", "manage", "commands", "settings", "models", "hookline", "web"}
 MAY_IMPORT = {
     "app": {"assembly", "web", "hookline", "models", "settings"},
-    "manage": {"assembly", "hookline", "models", "settings"},
+    "manage": {"commands"},
+    "commands": {"commands", "assembly", "hookline", "models", "settings"},
     "assembly": {"hookline", "models", "settings"},
     "web": {"web", "hookline"},
     "hookline": {"hookline", "models"},

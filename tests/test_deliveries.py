@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,13 +13,14 @@ from hookline import WebhookManager, clock, deliveries, history, lanes, policy
 from hookline.errors import Conflict, NotFound
 from hookline.events import Published
 from hookline.lanes import Slots
-from hookline.policy import Result, Rules
+from hookline.policy import DEFAULT, Result
 from hookline.store import sql
-from hookline.worker import claiming, settling
+from hookline.worker import settling
 from hookline.worker.jobs import Settled
 from models import stored_time
 from tests.conftest import SECRET
 from tests.outlets import outlet
+from tests.working import claim_up_to
 
 URL = "http://example.com/"
 Row = dict[str, Any]
@@ -29,11 +31,10 @@ def the_one(db: Database) -> Row:
     return found
 
 
-def attempt(db: Database, status_code: int = 500, rules: Rules | None = None) -> list[int]:
+def attempt(db: Database, status_code: int = 500, schedule: Sequence[float] = DEFAULT.retry_schedule) -> list[int]:
     """Claim what is due and settle it as if the endpoint had answered so; returns the ids."""
-    chosen = rules or Rules()
     with db.connection_context(), db.atomic():
-        jobs = claiming.claim(db, chosen, 100, {}, [])
+        jobs = claim_up_to(db, 100)
         settled = []
         for job in jobs:
             result = Result(
@@ -42,8 +43,8 @@ def attempt(db: Database, status_code: int = 500, rules: Rules | None = None) ->
             settlement = policy.settle(
                 result,
                 attempts=job.attempts + 1,
-                failures=job.failures,
-                schedule=chosen.retry_schedule,
+                failures=job.lane.failures,
+                schedule=schedule,
                 now=clock.now(),
             )
             settled.append(Settled(job, result, settlement))
@@ -107,7 +108,7 @@ def test_the_log_is_filtered_and_paged(db: Database, manager: WebhookManager, we
 
 
 def test_retrying_one_that_failed_starts_its_schedule_anew(db: Database, published: Published) -> None:
-    attempt(db, 500, Rules(retry_schedule=()))
+    attempt(db, 500, schedule=())
     failed = the_one(db)
     assert (failed["status"], failed["reason"]) == ("failed", "answered 500")
     again = deliveries.retry(db, failed["delivery_id"])
@@ -139,7 +140,7 @@ def test_a_cancelled_delivery_is_not_made_and_says_why(db: Database, published: 
 
 def test_a_cancelled_delivery_that_arrives_all_the_same_has_succeeded(db: Database, published: Published) -> None:
     with db.connection_context(), db.atomic():
-        (job,) = claiming.claim(db, Rules(), 10, {}, [])
+        (job,) = claim_up_to(db, 10)
     deliveries.cancel(db, job.delivery_id)
     result = Result(clock.now(), 7, 200, None, "ok")
     settlement = policy.settle(result, attempts=1, failures=0, schedule=(), now=clock.now())
@@ -150,7 +151,7 @@ def test_a_cancelled_delivery_that_arrives_all_the_same_has_succeeded(db: Databa
 
 def test_a_result_that_comes_twice_is_recorded_once(db: Database, published: Published) -> None:
     with db.connection_context(), db.atomic():
-        (job,) = claiming.claim(db, Rules(), 10, {}, [])
+        (job,) = claim_up_to(db, 10)
     result = Result(clock.now(), 7, 500, "answered 500", None)
     settled = Settled(job, result, policy.settle(result, attempts=1, failures=0, schedule=(5,), now=clock.now()))
     for _ in range(2):

@@ -15,7 +15,7 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, events, lanes, policy
 from hookline.events import NewEvent
 from hookline.lanes import Slots
-from hookline.policy import Result, Rules
+from hookline.policy import Result
 from hookline.store.postgres import write_now
 from hookline.transfer import json_file
 from hookline.worker import claiming, settling
@@ -24,6 +24,7 @@ from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET, only_sqlite
 from tests.databases import plan, read_whole
 from tests.outlets import outlet
+from tests.working import claim_up_to
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
 DAY = 86400.0
@@ -51,12 +52,12 @@ def publish(db: Database, count: int = 1) -> None:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, Rules(), 100, {}, [])
+    return write_now(db, claim_up_to, 100)
 
 
 def settled(job: Job, status_code: int, retry_after: float | None = None, wait: float = DAY) -> Settled:
     result = Result(clock.now(), 5, status_code, None, "said", retry_after)
-    decided = policy.settle(result, attempts=1, failures=job.failures, schedule=(wait,), now=clock.now(), spread=0)
+    decided = policy.settle(result, attempts=1, failures=job.lane.failures, schedule=(wait,), now=clock.now(), spread=0)
     return Settled(job, result, decided)
 
 
@@ -293,7 +294,7 @@ def test_retry_after_is_not_undone_by_the_attempt_for_which_the_lane_was_closed(
     after(6)
     publish(db, 2)
     (probe,) = claim(db)
-    assert probe.exclusive
+    assert probe.is_exclusive
     results = [settled(second, 429, retry_after=3600), settled(probe, status_code)]
     for batch in [results] if together else [[one] for one in results]:
         settle(db, *batch)
@@ -407,6 +408,6 @@ def test_what_the_lane_was_closed_for_says_more_of_it_than_a_failure_that_was_be
     publish(db)
     after(policy.LANE_BACKOFF + 1)
     (probe,) = claim(db)
-    assert probe.exclusive and not before.exclusive
+    assert probe.is_exclusive and not before.is_exclusive
     settle(db, settled(probe, 200), settled(before, 500))
     assert opens(db, webhook_id) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,15 +14,14 @@ from uuid_utils import uuid7
 from hookline import WebhookManager, clock, deliveries, events, lanes, missed, replays
 from hookline.errors import Conflict, NotFound
 from hookline.events import NewEvent
-from hookline.policy import Rules
 from hookline.store import sql, units
 from hookline.store.open import open_database, storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming
 from models import Delivery, Status, stored_time
 from tests.conftest import SECRET, Server, only_postgres
 from tests.databases import Place, plan, read_whole
 from tests.replaying import carry_out
+from tests.working import claim_up_to, until
 
 URL = "http://127.0.0.1:9/"
 LONG_AGO = clock.now() - timedelta(days=1)
@@ -207,14 +205,14 @@ def test_a_step_that_is_cut_off_in_the_middle_loses_and_repeats_nothing(
     end(db)
     replay_id = replays.start(db, webhook_id, LONG_AGO)["replay_id"]
 
-    def cut_off(*_: Any) -> None:
+    def cut_off(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("_insert", "_count"):
+    for module, name in ((deliveries, "insert"), (lanes, "open_lanes")):
         step = replays.find(db, replay_id)
         assert step is not None
         with monkeypatch.context() as patch:
-            patch.setattr(replays, name, cut_off)
+            patch.setattr(module, name, cut_off)
             with pytest.raises(KeyboardInterrupt):
                 write_now(db, replays.record, step)
         shown = replays.get(db, replay_id)
@@ -290,7 +288,7 @@ def test_a_replay_opens_a_lane_that_rests_once(db: Database, webhook_id: str, sm
 
     def claimable() -> int:
         with db.connection_context(), db.atomic():
-            return len(claiming.claim(db, Rules(), 10, {}, []))
+            return len(claim_up_to(db, 10))
 
     publish(db, 25)
     end(db)
@@ -311,7 +309,7 @@ def test_a_replay_keeps_strict_order(db: Database, manager: WebhookManager) -> N
     assert carry_out(db) == 25
     assert [one["event_id"] for one in reversed(deliveries.page(db))] == ids
     with db.connection_context(), db.atomic():
-        (job,) = claiming.claim(db, Rules(), 10, {}, [])
+        (job,) = claim_up_to(db, 10)
     assert job.event_id == ids[0]
 
 
@@ -439,7 +437,7 @@ async def test_a_step_waits_briefly_for_a_webhook_that_somebody_holds_and_goes_o
     await storage.start()
     with other.connection_context(), other.atomic():
         other.execute_sql("SELECT 1 FROM webhooks FOR UPDATE").fetchall()
-        assert not await replays._round(storage)  # it gave way, and says that it goes on later
+        assert not await replays.carry_out_steps(storage)  # it gave way, and says that it goes on later
         assert (pending(db), replays.running(db)) == (0, [replay_id])
     keeping = asyncio.ensure_future(replays.carry_out(storage, poll=0.01))
     await until(lambda: replays.get(db, replay_id)["state"] == "finished")
@@ -459,19 +457,11 @@ async def test_replays_go_on_after_a_look_for_them_has_failed(db: Database, webh
     storage = storage_of(db)
     await storage.start()
     await storage.write(lambda db: db.execute_sql("ALTER TABLE replays RENAME TO away"))
-    assert not await replays._round(storage)
+    assert not await replays.carry_out_steps(storage)
     await storage.write(lambda db: db.execute_sql("ALTER TABLE away RENAME TO replays"))
-    assert await replays._round(storage)
+    assert await replays.carry_out_steps(storage)
     await storage.stop()
     assert (replays.get(db, replay_id)["state"], pending(db)) == ("finished", 3)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def test_a_replay_over_http_tells_how_far_it_is_and_is_cancelled(server: Server) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,13 +12,13 @@ from peewee import Database
 from hookline import WebhookManager, clock, rotation, signing
 from hookline.egress import Client
 from hookline.errors import Conflict
-from hookline.policy import Rules
 from hookline.store.open import storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming
+from hookline.worker import attempts
 from hookline.worker.worker import Worker
 from models import Webhook
 from tests.databases import plan, read_whole
+from tests.working import claim_up_to, rules, until
 
 URL = "http://example.com/"
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
@@ -45,9 +44,8 @@ def webhook_id(manager: WebhookManager, after: Any) -> str:
 def sent(db: Database, manager: WebhookManager) -> tuple[dict[str, str], bytes]:
     """The headers and the body of a delivery made now, as a worker signs it."""
     manager.send_event("goal", {})
-    job = write_now(db, claiming.claim, Rules(), 2, {}, [])[-1]
-    worker = Worker(storage_of(db), Client(), Rules())
-    return worker._headers(job), job.body
+    job = write_now(db, claim_up_to, 2)[-1]
+    return attempts.signed_headers(job), job.body
 
 
 def valid(headers: dict[str, str], body: bytes) -> set[str]:
@@ -145,13 +143,10 @@ async def test_a_worker_erases_what_has_ended(
     manager.rotate(webhook_id, SECOND, 60)
     after(61)
     storage = storage_of(db)
-    worker = Worker(storage, Client(), Rules())
+    worker = Worker(storage, Client(), rules())
     await storage.start()
     await worker.start()
-    for _ in range(1000):
-        if worker._sweeping is not None and worker._sweeping.done():
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: worker.sweeper.sweeps)
     await worker.stop()
     await storage.stop()
     found = stored(db, webhook_id)

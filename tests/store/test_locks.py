@@ -20,12 +20,12 @@ from hookline import WebhookManager, clock, deliveries, events, history, policy,
 from hookline.egress import Client
 from hookline.errors import Conflict, Unavailable
 from hookline.events import NewEvent, Published
-from hookline.policy import Result, Rules
+from hookline.policy import Result
 from hookline.store import locks
 from hookline.store.failures import LOCKED, error_name
 from hookline.store.open import open_database, storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming, clock_jumps, settling, sweeper
+from hookline.worker import claiming, clock_jumps, expired_leases, settling
 from hookline.worker.jobs import Job, Settled
 from hookline.worker.worker import Worker
 from models import Delivery, Status, Subscription, stored_time
@@ -33,6 +33,7 @@ from tests.conftest import ROOT, SECRET, only_postgres
 from tests.databases import Place, wait_for_a_waiter
 from tests.receiver import Receiver
 from tests.replaying import carry_out
+from tests.working import claim_up_to, rules
 
 LONG_AGO = clock.now() - timedelta(days=1)
 IN_THE_PAST = f"'{stored_time(LONG_AGO)}'"
@@ -45,7 +46,7 @@ def webhook_id(manager: WebhookManager) -> str:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, Rules(), 10, {}, [])
+    return write_now(db, claim_up_to, 10)
 
 
 def settled(job: Job, status_code: int = 200, schedule: tuple[float, ...] = (5,)) -> Settled:
@@ -95,7 +96,7 @@ async def test_a_callers_long_transaction_holds_up_neither_the_worker_nor_other_
     mine = manager.register(f"{receiver.url}/mine", ["mine"], SECRET)
     manager.register(f"{receiver.url}/other", ["other"], SECRET)
     storage, application = storage_of(db), open_database(place.url)
-    worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")]), Rules())
+    worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")]), rules())
 
     async def publish(new: NewEvent) -> Published:
         answer = await storage.write_together(events.publish_all, new)
@@ -107,7 +108,7 @@ async def test_a_callers_long_transaction_holds_up_neither_the_worker_nor_other_
     with application.connection_context():
         with application.atomic():
             events.publish_one(application, NewEvent("mine", {"n": 1}, "key"))
-            assert await storage.scan(sweeper.overdue) == ([], None)
+            assert await storage.scan(expired_leases.overdue) == ([], None)
             same_key = asyncio.ensure_future(publish(NewEvent("mine", {"n": 1}, "key")))
             await asyncio.to_thread(wait_for_a_waiter, place.url)
             assert (await publish(NewEvent("mine", {"n": 2}))).deliveries == 1
@@ -180,7 +181,7 @@ def test_a_retry_that_comes_just_after_a_claim_is_refused(
 
 async def test_what_is_committed_after_the_worker_has_stopped_is_left_to_others(db: Database, webhook_id: str) -> None:
     storage = storage_of(db)
-    worker = Worker(storage, Client(), Rules())
+    worker = Worker(storage, Client(), rules())
     await storage.start()
     await worker.start()
     published, stopped = threading.Event(), threading.Event()
@@ -272,8 +273,8 @@ def test_publishing_to_a_webhook_being_deleted_says_that_nothing_is_stored(
 async def worker(db: Database) -> AsyncIterator[Worker]:
     """One with few slots and a short lease."""
     storage = storage_of(db)
-    rules = Rules(lease=4, timeout=1, concurrency=6)
-    started = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=1), rules)
+    short = rules(lease=4, timeout=1, concurrency=6)
+    started = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=1), short)
     await storage.start()
     await started.start()
     yield started
@@ -316,7 +317,7 @@ async def test_results_of_blocked_webhooks_wait_while_others_are_recorded(
         other.begin()
     await recorded(manager, ids["held"], 10)
     async with asyncio.timeout(20):
-        while worker._jobs:
+        while worker.in_flight:
             await asyncio.sleep(0.01)
     assert worker.capacity.free == 6
     sent = [one.headers["webhook-id"] for one in receiver.received]
@@ -387,9 +388,9 @@ def test_a_clock_that_goes_far_back_opens_no_lane_in_which_one_is_made_in_order(
     write_now(db, settling.settle, failed, stored_time(LONG_AGO))
     monkeypatch.setattr(clock, "now", lambda: now)
     assert claim(db) == []
-    found, resting, _ = clock_jumps.misdated(db, Rules())
-    assert write_now(db, clock_jumps.bring_forward, Rules(), found, resting) == 3
-    assert clock_jumps.misdated(db, Rules()) == ([], [], None)
+    found, resting, _ = clock_jumps.misdated(db, rules())
+    assert write_now(db, clock_jumps.bring_forward, rules(), found, resting) == 3
+    assert clock_jumps.misdated(db, rules()) == ([], [], None)
     assert [job.webhook_id for job in claim(db)] == [other]
     monkeypatch.setattr(clock, "now", lambda: now + timedelta(seconds=61))
     assert {job.webhook_id for job in claim(db)} == {webhook_id, other}
@@ -439,7 +440,7 @@ def test_a_claim_that_closes_a_lane_while_an_older_result_waits_for_it_is_not_un
     manager.send_event("goal", {"n": 2})
     manager.send_event("goal", {"n": 3})
     with another(place) as other, ThreadPoolExecutor(1) as thread:
-        assert len(claiming.claim(other, Rules(), 10, {}, [])) == 1
+        assert len(claim_up_to(other, 10)) == 1
         waiting = thread.submit(write_now, db, settling.settle, [settled(before, 500)], stored_time(LONG_AGO))
         wait_for_a_waiter(place.url)
         other.commit()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,18 +13,18 @@ from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, policy
 from hookline.egress import Client
-from hookline.policy import Result, Rules
+from hookline.policy import Result
 from hookline.store.postgres import write_now
-from hookline.worker import claiming, settling
+from hookline.worker import settling
 from hookline.worker.jobs import Job, Settled
 from hookline.worker.settling import Outcomes
 from models import Webhook, stored_time
 from tests.conftest import SECRET
 from tests.receiver import Answer, Received, Receiver
 from tests.replaying import replayed
-from tests.working import working
+from tests.working import claim_up_to, rules, until, working
 
-RULES = Rules(retry_schedule=(0.05,), lease=30, timeout=10, concurrency=4)
+RULES = rules(retry_schedule=(0.05,), lease=30, timeout=10, concurrency=4)
 NOBODY = stored_time(clock.now() - timedelta(days=5))  # has failed since then
 
 Row = dict[str, Any]
@@ -47,15 +46,6 @@ class Held:
         self.has_begun.set()
         self.may_end.wait(30)
         return self.answer
-
-
-async def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def ended(db: Database) -> Callable[[], Row | None]:
@@ -111,7 +101,7 @@ async def test_a_request_that_was_under_way_when_its_delivery_was_cancelled_is_i
 
 
 def claimed(db: Database) -> Job:
-    (job,) = write_now(db, claiming.claim, RULES, 10, {}, [])
+    (job,) = write_now(db, claim_up_to, 10)
     assert isinstance(job, Job)
     return job
 
@@ -143,7 +133,7 @@ def test_why_a_delivery_was_cancelled_leaves_what_its_last_attempt_met(
     manager.send_event("goal", {})
     settle(db, result_of(claimed(db), 503))
     manager.update(webhook_id, {"enabled": False})
-    write_now(db, claiming.claim, RULES, 10, {}, [])  # who comes by cancels what waits
+    write_now(db, claim_up_to, 10)  # who comes by cancels what waits
     found = the_one(db)
     assert (found["status"], found["reason"], codes(found)) == ("cancelled", "the webhook was disabled", [(1, 503)])
     assert found["attempt_log"][0]["error"] == "answered 503"

@@ -17,17 +17,17 @@ from hookline import WebhookManager, deliveries, events, lanes
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.lanes import Slots
-from hookline.policy import Rules
 from hookline.store.open import open_database, storage_of
 from hookline.store.storage import Storage
-from hookline.worker.capacity import Capacity
+from hookline.worker.capacity import Capacity, saturated
 from hookline.worker.worker import Worker
 from tests.conftest import SECRET
 from tests.databases import Place
 from tests.outlets import outlet
 from tests.receiver import OK, Answer, Received, Receiver
+from tests.working import rules
 
-RULES = Rules(concurrency=8, lease=60, timeout=30)
+RULES = rules(concurrency=8, lease=60, timeout=30)
 
 
 class Gate:
@@ -128,7 +128,7 @@ async def test_many_events_in_one_transaction_keep_within_the_slots(
         await asyncio.to_thread(gate.wait_for, RULES.concurrency)
         await all_done(worker, gate, receiver, 400)
     assert gate.most == RULES.concurrency
-    assert max(gate.most_of.values()) <= RULES.share
+    assert max(gate.most_of.values()) <= RULES.per_webhook
 
 
 @pytest.mark.parametrize("savepoint", [False, True])
@@ -198,9 +198,9 @@ async def test_one_webhook_never_has_more_than_its_share(
         threads = [asyncio.to_thread(application, number) for number in range(3)]
         written = [storage.write_together(events.publish_all, NewEvent("goal", {"n": number})) for number in range(20)]
         await asyncio.gather(*threads, *written)
-        await asyncio.to_thread(gate.wait_for, RULES.share)
+        await asyncio.to_thread(gate.wait_for, RULES.per_webhook)
         await all_done(worker, gate, receiver, 100)
-    assert gate.most == RULES.share
+    assert gate.most == RULES.per_webhook
 
 
 def test_an_event_takes_of_each_webhook_what_is_left_of_its_share(db: Database, manager: WebhookManager) -> None:
@@ -230,20 +230,22 @@ def test_a_transaction_counts_what_it_has_leased_itself(db: Database, manager: W
 def test_slots_are_taken_and_given_back() -> None:
     capacity = Capacity(4, 2)
     assert capacity.take(["a", "a", "a", "b", "c", "d"]) == [True, True, False, True, True, False]
-    assert (capacity.free, capacity.saturated, capacity.slots()) == (0, ["a"], Slots(0, 2, {"a": 2, "b": 1, "c": 1}))
+    slots = capacity.slots()
+    assert (slots, saturated(slots)) == (Slots(0, 2, {"a": 2, "b": 1, "c": 1}), ["a"])
     capacity.give_back(["a", "b"])
-    assert (capacity.free, capacity.saturated, capacity.slots().in_flight) == (2, [], {"a": 1, "c": 1})
+    slots = capacity.slots()
+    assert (slots, saturated(slots)) == (Slots(2, 2, {"a": 1, "c": 1}), [])
 
 
 def test_results_that_cannot_be_recorded_hold_no_slot_and_their_webhook_gets_no_more() -> None:
     capacity = Capacity(4, 2)
     capacity.take(["a", "a", "b", "b"])
     capacity.block("a", 2)
-    assert (capacity.free, capacity.saturated) == (2, ["a", "b"])
+    assert (capacity.free, saturated(capacity.slots())) == (2, ["a", "b"])
     assert capacity.take(["a", "c", "c"]) == [False, True, True]
     capacity.block("a", 0)
     capacity.give_back(["a", "a"])
-    assert (capacity.free, capacity.saturated) == (0, ["b", "c"])
+    assert (capacity.free, saturated(capacity.slots())) == (0, ["b", "c"])
 
 
 def test_a_capacity_that_is_closed_has_no_slot() -> None:

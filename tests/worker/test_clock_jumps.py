@@ -14,16 +14,17 @@ from hookline import WebhookManager, clock, deliveries, events, lanes, policy
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.lanes import Slots
-from hookline.policy import Result, Rules
+from hookline.policy import Result
 from hookline.store.open import storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming, clock_jumps, settling, sweeper
+from hookline.worker import clock_jumps, expired_leases, settling
 from hookline.worker.jobs import Job, Settled
 from hookline.worker.worker import Worker
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET
 from tests.databases import plan, read_whole
 from tests.outlets import outlet
+from tests.working import claim_up_to, rules
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
 LONG_AGO = stored_time(NOW - timedelta(days=9))
@@ -48,7 +49,7 @@ def webhook_id(manager: WebhookManager, at: Any) -> str:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, Rules(), 100, {}, [])
+    return write_now(db, claim_up_to, 100)
 
 
 def publish(db: Database, count: int = 1) -> None:
@@ -65,13 +66,13 @@ def fail(db: Database, wait: float = 5, retry_after: float | None = None) -> Non
     write_now(db, settling.settle, results, LONG_AGO)
 
 
-def look(db: Database, rules: Rules | None = None) -> int:
+def look(db: Database) -> int:
     """One whole look, as a worker takes it; how many times it has changed."""
-    chosen, after, changed = rules or Rules(), "", 0
-    following: str | None = after
+    changed = 0
+    following: str | None = ""
     while following is not None:
-        found, resting, following = clock_jumps.misdated(db, chosen, following)
-        changed += write_now(db, clock_jumps.bring_forward, chosen, found, resting)
+        found, resting, following = clock_jumps.misdated(db, rules(), following)
+        changed += write_now(db, clock_jumps.bring_forward, rules(), found, resting)
     return changed
 
 
@@ -96,7 +97,7 @@ async def test_what_a_clock_ahead_had_scheduled_does_not_wait_after_a_start_with
     publish(db)
     at(0)
     storage = storage_of(db)
-    worker = Worker(storage, Client(), Rules())
+    worker = Worker(storage, Client(), rules())
     await storage.start()
     await worker.start()
     for _ in range(1500):
@@ -188,7 +189,7 @@ def test_a_look_takes_what_is_late_in_steps(
     db: Database, webhook_id: str, at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock_jumps, "LATE", 3)
-    monkeypatch.setattr(sweeper, "WEBHOOKS", 1)
+    monkeypatch.setattr(expired_leases, "WEBHOOKS", 1)
     at(AHEAD)
     publish(db, 10)
     fail(db)
@@ -205,7 +206,7 @@ def test_a_look_seeks_and_reads_nothing_whole(db: Database, webhook_id: str, at:
     at(0)
     db.query_hooks.append(lambda event: steps.extend(plan(db, event.sql, event.params)))
     with db.connection_context():
-        clock_jumps.misdated(db, Rules())
+        clock_jumps.misdated(db, rules())
     db.query_hooks.clear()
     assert any("idx_deliveries_pending" in step for step in steps), steps
     assert not [one for table in ("deliveries d", "lanes l", "webhooks w") for one in read_whole(steps, *table.split())]

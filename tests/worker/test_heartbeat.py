@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +10,6 @@ from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries
 from hookline.egress import Client
-from hookline.policy import Rules
 from hookline.store import sql
 from hookline.store.open import open_database, storage_of
 from hookline.worker import heartbeat
@@ -21,6 +18,7 @@ from models import Heartbeat, stored_time
 from tests.conftest import SECRET, Server, running
 from tests.databases import Place, plan, read_whole
 from tests.faults.load import worker
+from tests.working import rules, until
 
 NONE = (503, {"detail": heartbeat.NONE_BEATS})
 
@@ -81,7 +79,7 @@ def test_a_beat_from_a_clock_that_was_put_right_since_counts_for_nothing(
 
 
 async def test_a_worker_beats_from_its_start_to_its_end(place: Place, db: Database) -> None:
-    workers = [Worker(storage_of(open_database(place.url)), Client(), Rules()) for _ in range(2)]
+    workers = [Worker(storage_of(open_database(place.url)), Client(), rules()) for _ in range(2)]
     for one in workers:
         await one.storage.start()
         await one.start()
@@ -90,14 +88,6 @@ async def test_a_worker_beats_from_its_start_to_its_end(place: Place, db: Databa
         await one.stop()
         await one.storage.stop()
         assert len(rows(db)) == 1 - left
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def test_ready_says_for_how_long_the_oldest_delivery_has_been_due(
@@ -115,11 +105,11 @@ def test_ready_says_for_how_long_the_oldest_delivery_has_been_due(
         ago = stored_time(clock.now() - timedelta(hours=1))
         with db.connection_context():
             column = "created_at" if ordered else "next_attempt_at"
-            db.execute_sql(f"UPDATE deliveries SET {column} = {sql.moment(db)}", (ago,))
+            db.execute_sql(f"UPDATE deliveries SET {column} = {sql.time(db, 'ago')}", {"ago": ago})
         assert 3600 <= deliveries.oldest_due(db) < 3700
     with db.connection_context():
-        far = f"UPDATE lanes SET due_at = {sql.moment(db)}"
-        db.execute_sql(far, (stored_time(clock.now() + timedelta(hours=1)),))
+        far = f"UPDATE lanes SET due_at = {sql.time(db, 'later')}"
+        db.execute_sql(far, {"later": stored_time(clock.now() + timedelta(hours=1))})
     assert deliveries.oldest_due(db) == 0  # a lane that rests has nothing due
 
 

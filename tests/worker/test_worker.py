@@ -16,18 +16,17 @@ from standardwebhooks import Webhook as Oracle
 from hookline import WebhookManager, clock, deliveries, events, lanes, replays, signing
 from hookline.egress import Client
 from hookline.events import NewEvent
-from hookline.policy import Rules
 from hookline.store.open import open_database, storage_of
-from hookline.worker import claiming, clock_jumps, sweeper
+from hookline.worker import claiming, clock_jumps, expired_leases
 from hookline.worker.worker import Worker
 from models import stored_time
 from tests.conftest import SECRET, only_postgres
 from tests.databases import Place, plan, read_whole
 from tests.outlets import outlet
 from tests.receiver import Answer, Received, Receiver
-from tests.working import LOOPBACK, working
+from tests.working import LOOPBACK, claim_up_to, rules, until, working
 
-QUICK = Rules(retry_schedule=(0.1, 0.1, 0.1), lease=30, timeout=2, concurrency=16)
+QUICK = rules(retry_schedule=(0.1, 0.1, 0.1), lease=30, timeout=2, concurrency=16)
 
 Row = dict[str, Any]
 
@@ -35,16 +34,6 @@ Row = dict[str, Any]
 @pytest.fixture(autouse=True)
 def short_lane_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hookline.policy.LANE_BACKOFF", 0.05)
-
-
-async def until(condition: Callable[[], Any], seconds: float = 15) -> Any:
-    """The first true value of the condition, which is about rows that another thread writes."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def ended(db: Database, count: int = 1) -> Callable[[], list[Row] | None]:
@@ -178,8 +167,8 @@ async def test_a_webhook_that_fails_everything_for_too_long_is_disabled_and_star
 ) -> None:
     receiver.answers["/down"] = answering(500)
     webhook_id = manager.register(f"{receiver.url}/down", ["goal"], SECRET)
-    rules = QUICK.__class__(retry_schedule=(0.1,) * 5, lease=30, timeout=2, disable_after=0.3)
-    async with working(db, rules):
+    short = rules(retry_schedule=(0.1,) * 5, lease=30, timeout=2, disable_after=0.3)
+    async with working(db, short):
         manager.send_event("goal", {})
         await until(lambda: not manager.get(webhook_id)["enabled"])
         await until(ended(db))
@@ -218,7 +207,7 @@ async def test_what_waits_when_strict_order_begins_is_delivered_too(
 ) -> None:
     receiver.answers["/ordered"] = answering(500, 200)
     webhook_id = manager.register(f"{receiver.url}/ordered", ["goal"], SECRET)
-    async with working(db, Rules(retry_schedule=(0.5,), lease=30, timeout=2, concurrency=16)):
+    async with working(db, rules(retry_schedule=(0.5,), lease=30, timeout=2, concurrency=16)):
         manager.send_event("goal", {})
         await until(lambda: deliveries.page(db)[0]["attempts"] == 1)
         manager.update(webhook_id, {"ordered": True})
@@ -228,16 +217,16 @@ async def test_what_waits_when_strict_order_begins_is_delivered_too(
 
 
 async def test_a_small_step_of_the_clock_makes_nothing_due(
-    db: Database, manager: WebhookManager, receiver: Receiver
+    db: Database, manager: WebhookManager, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receiver.answers["/down"] = answering(500, 200)
     manager.register(f"{receiver.url}/down", ["goal"], SECRET)
-    async with working(db, Rules(retry_schedule=(86400,), lease=3, timeout=1, concurrency=16)) as worker:
+    async with working(db, rules(retry_schedule=(86400,), lease=3, timeout=1, concurrency=16)) as worker:
         manager.send_event("goal", {})
         await until(lambda: deliveries.page(db)[0]["attempts"] == 1)
-        worker._offset += 2
-        await until(lambda: abs(worker._offset - (time.time() - time.monotonic())) < 1)
-        await until(lambda: worker._sweeping is not None and worker._sweeping.done())
+        real_now, sweeps = clock.now, worker.sweeper.sweeps
+        monkeypatch.setattr(clock, "now", lambda: real_now() - timedelta(seconds=2))
+        await until(lambda: worker.sweeper.sweeps > sweeps)
         assert deliveries.page(db)[0]["next_attempt_at"] > clock.now() + timedelta(hours=20)
 
 
@@ -255,13 +244,13 @@ async def test_a_clock_that_goes_far_back_costs_one_retry(
         manager.register(f"{receiver.url}/down", ["goal"], SECRET)
     real_now = clock.now
     monkeypatch.setattr(clock, "now", lambda: real_now() + timedelta(hours=10))
-    async with working(db, Rules(retry_schedule=(86400,) * 9, lease=10, timeout=5, concurrency=200)) as worker:
+    async with working(db, rules(retry_schedule=(86400,) * 9, lease=10, timeout=5, concurrency=200)) as worker:
         manager.send_event("goal", {})
         await until(lambda: attempts() == {1})
         monkeypatch.setattr(clock, "now", real_now)
-        worker._offset += 36000
+        sweeps = worker.sweeper.sweeps
         await until(lambda: attempts() == {2})
-        await until(lambda: worker._sweeping is not None and worker._sweeping.done() and worker._next_look)
+        await until(lambda: worker.sweeper.sweeps > sweeps)
         await asyncio.sleep(0.5)
         assert attempts() == {2}
 
@@ -286,7 +275,7 @@ async def test_an_endpoint_that_hangs_does_not_hold_up_the_others(
 
     receiver.answers["/hangs"] = hang
     hanging = manager.register(f"{receiver.url}/hangs", ["goal"], SECRET)
-    async with working(db, Rules(retry_schedule=(60,), lease=30, timeout=10, concurrency=8)):
+    async with working(db, rules(retry_schedule=(60,), lease=30, timeout=10, concurrency=8)):
         for _ in range(20):
             manager.send_event("goal", {})
         await until(lambda: manager.send_event("none", {}))
@@ -308,8 +297,8 @@ async def test_a_lease_of_a_worker_that_died_runs_out_and_another_delivers(
     lanes.attach(db, outlet(lanes.Slots(9, 9), lease=1))  # a worker that takes it and does nothing
     manager.send_event("goal", {})
     assert deliveries.page(db)[0]["waiting_for"] == "nothing: it is being made right now"
-    async with working(db, Rules(lease=1.0, timeout=0.1, concurrency=4)) as worker:
-        worker.rules = Rules(lease=10, timeout=1, concurrency=4)
+    async with working(db, rules(lease=1.0, timeout=0.1, concurrency=4)) as worker:
+        worker.rules = rules(lease=10, timeout=1, concurrency=4)
         await until(ended(db))
     assert len(receiver.received) == 1
 
@@ -326,11 +315,11 @@ async def test_stopping_releases_what_is_in_flight_for_the_next_worker(
     receiver.answers["/hook"] = first_hangs
     manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
     storage = storage_of(db)
-    worker = Worker(storage, Client(allowed=LOOPBACK, timeout=10), Rules(lease=60, timeout=10))
+    worker = Worker(storage, Client(allowed=LOOPBACK, timeout=10), rules(lease=60, timeout=10))
     await storage.start()
     await worker.start()
     manager.send_event("goal", {})
-    await until(lambda: worker._jobs)
+    await until(lambda: worker.in_flight)
     await worker.stop(grace=0.1)
     await storage.stop()
     assert deliveries.page(db)[0]["waiting_for"] == "its turn"
@@ -351,7 +340,7 @@ async def test_a_clock_that_jumps_does_not_stall_deliveries(
     real_now, real_time = clock.now, time.time
     receiver.answers["/hook"] = answering(500, 200)
     manager.register(f"{receiver.url}/hook", ["goal"], SECRET)
-    async with working(db, Rules(retry_schedule=(3600,), lease=60, timeout=2)):
+    async with working(db, rules(retry_schedule=(3600,), lease=60, timeout=2)):
         manager.send_event("goal", {})
         await until(lambda: [one for one in deliveries.page(db) if one["attempts"] == 1])
         monkeypatch.setattr(clock, "now", lambda: real_now() + jump)
@@ -370,7 +359,7 @@ async def test_two_workers_send_nothing_twice(
     for _ in range(40):
         manager.send_event("goal", {})
     other = open_database(place.url)
-    async with working(db, Rules(concurrency=8)), working(other, Rules(concurrency=8)):
+    async with working(db, rules(concurrency=8)), working(other, rules(concurrency=8)):
         await until(ended(db, 200))
     sent = [(one.path, one.event_id) for one in receiver.received]
     assert len(sent) == len(set(sent)) == 200
@@ -409,7 +398,7 @@ async def test_a_deleted_webhook_takes_its_deliveries_with_it_even_in_flight(
         await asyncio.to_thread(receiver.wait_for, 1, "/other")
         assert manager.unregister(webhook_id)
         release.set()
-        await until(lambda: not worker._jobs)
+        await until(lambda: not worker.in_flight)
     with db.connection_context():
         assert db.execute_sql("SELECT count(*) FROM lanes").fetchone()[0] == 0
     assert [one["status"] for one in deliveries.page(db)] == ["succeeded"]
@@ -459,27 +448,27 @@ def test_the_sweep_opens_only_lanes_whose_leases_ran_out(db: Database, manager: 
         lanes.attach(db, outlet(lanes.Slots(9, 9), lease=lease))
         with db.connection_context(), db.atomic():
             manager.send_event("goal" if lease < 0 else "none", {})
-    late, after = sweeper.overdue(db)
+    late, after = expired_leases.overdue(db)
     assert (len(late), after) == (1, None)
     with db.connection_context(), db.atomic():
         assert lanes.make_due(db, late) == 1
         assert claiming.next_due(db, []) is not None
         assert lanes.make_due(db, late) == 0  # it is due already
-        assert sweeper.overdue(db) == ([], None)
+        assert expired_leases.overdue(db) == ([], None)
         assert db.execute_sql("SELECT count(*) FROM lanes").fetchone()[0] == 1
 
 
 def test_the_sweep_goes_from_webhook_to_webhook_in_short_steps(
     db: Database, manager: WebhookManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeper, "WEBHOOKS", 2)
+    monkeypatch.setattr(expired_leases, "WEBHOOKS", 2)
     ids = sorted(manager.register("http://example.com/", ["goal"], SECRET) for _ in range(5))
     lanes.attach(db, outlet(lanes.Slots(9, 9), lease=-5.0))
     manager.send_event("goal", {})
     found: list[list[str]] = []
     after: str | None = ""
     while after is not None:
-        late, after = sweeper.overdue(db, after)
+        late, after = expired_leases.overdue(db, after)
         found.append(late)
     assert found == [ids[:2], ids[2:4], ids[4:]]
 
@@ -495,7 +484,7 @@ def test_a_claim_costs_the_same_whatever_the_backlog(db: Database, manager: Webh
     events.publish_all(db, [NewEvent("goal", {})] * 50)
     db.query_hooks.append(explain)
     with db.connection_context(), db.atomic():
-        claimed = claiming.claim(db, Rules(), 10, {}, [])
+        claimed = claim_up_to(db, 10)
     db.query_hooks.clear()
     assert [job.webhook_id for job in claimed] == [webhook_id] * 5  # half of what is free
     assert any("idx_deliveries_pending" in step for step in steps), steps
