@@ -1,4 +1,4 @@
-"""What a terminal shows: errors in one line each, lists of problems, progress bars."""
+"""Output on the terminal: errors in one line each, lists of problems, progress bars."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHORT = 2000  # rows: fewer are done before a bar could be read
 
 
 class Commands(click.Group):
-    """Ends each failing command with one line: file names and input may hold anything, and stdout may be full."""
+    """Commands that fail with one line: file names and input may hold anything, and stdout may be full."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with in_one_line():

@@ -49,7 +49,7 @@ Row = dict[str, Any]
 
 
 class WaitsFor(StrEnum):
-    """What a pending delivery waits for."""
+    """The reason why a pending delivery waits."""
 
     CANCELLATION = "nothing: its webhook is disabled, it is about to be cancelled"
     ANSWER = "nothing: it is being made right now"
@@ -260,7 +260,7 @@ def _shown(db: Database, row: Row) -> Row:
 
 
 def _waiting(db: Database, row: Row) -> tuple[WaitsFor | None, datetime | None]:
-    """What a delivery waits for, and until when."""
+    """The reason why a delivery waits, and until when."""
     now = clock.now()
     due, opens = row["next_attempt_at"], row["open_at"]
     if row["status"] != Status.PENDING:

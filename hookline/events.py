@@ -38,9 +38,8 @@ TEAM_FIELDS = ("home_team", "away_team", "team")
 MAX_KEY = 255  # characters of an idempotency key
 KEY = re.compile(f"[ -~]{{1,{MAX_KEY}}}")
 UNLIMITED = 2**31  # bytes
-TIGHT = (
-    50  # webhooks near their capacity that matching is told of: what others get too many is given back by the worker
-)
+# Webhooks near their capacity that matching is told of: the worker gives back what others lease too much.
+TIGHT = 50
 OWN = "hookline."  # prefix of our own events' types: nobody else publishes them, and `*` does not subscribe to them
 TEST_EVENT = f"{OWN}webhook.test"
 TEST_ID = "evt_test_"  # prefix of the ids of events for one webhook alone, which nobody else has missed

@@ -132,10 +132,10 @@ def _made(db: Database, webhook_id: str, event_ids: Sequence[str]) -> dict[str, 
     """By event, the deliveries that a webhook has of these events: a seek each."""
     condition = f"d.event_id = event_ids.id AND d.webhook_id = {sql.param(db, 'webhook_id')}"
     columns = "d.event_id, d.delivery_id, d.status"
-    found = sql.each(db, sql.values(db, "event_ids", "id"), "deliveries d", columns, condition, alias="d")
+    made = sql.each(db, sql.values(db, "event_ids", "id"), "deliveries d", columns, condition, alias="d")
     values = {"event_ids": sql.encoded_ids(event_ids), "webhook_id": webhook_id}
-    rows = db.execute_sql(f"SELECT {columns} {found}", values).fetchall()
-    return {made.event_id: made for made in (Made(*row) for row in rows)}
+    rows = db.execute_sql(f"SELECT {columns} {made}", values).fetchall()
+    return {delivery.event_id: delivery for delivery in (Made(*row) for row in rows)}
 
 
 def _addressed(db: Database, webhook: Row, types: dict[str, str]) -> list[str]:

@@ -28,10 +28,10 @@ def webhook_id(manager: WebhookManager) -> str:
 
 def wait(db: Database, webhook_id: str, first: int, last: int, due: str) -> None:
     """Let deliveries wait for the webhook."""
-    numbers = f"generate_series({first}, {last}) AS given(n)"
+    numbers = f"generate_series({first}, {last}) AS numbers(n)"
     if not is_postgres(db):
         series = f"SELECT {first} AS n UNION ALL SELECT n + 1 FROM series WHERE n < {last}"
-        numbers = f"(WITH RECURSIVE series(n) AS ({series}) SELECT n FROM series) AS given"
+        numbers = f"(WITH RECURSIVE series(n) AS ({series}) SELECT n FROM series) AS numbers"
     now = stored_time(clock.now())
     with db.connection_context(), db.atomic():
         db.execute_sql(

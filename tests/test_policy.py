@@ -73,7 +73,7 @@ def test_a_success_settles_at_once_whatever_the_count() -> None:
         )
 
 
-def test_the_default_schedule_runs_over_3_days_until_the_delivery_is_finally_failed() -> None:
+def test_the_default_schedule_fails_a_delivery_after_over_3_days() -> None:
     lines, waits, attempts, failures, total = [], [], 1, 0, 0.0
     while (settlement := settle(attempts=attempts, failures=failures)).status == "pending":
         wait = seconds(settlement.next_attempt_at)

@@ -1,8 +1,9 @@
-"""A worker that runs in this process, for tests; claims without one; and waiting for what it does."""
+"""For tests: a worker that runs in this process, claims without one, answers for it, and waiting for what it does."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 from peewee import Database
 
+from hookline import deliveries
 from hookline.egress import Client
 from hookline.lanes import Slots
 from hookline.policy import DEFAULT, Rules
@@ -19,6 +21,7 @@ from hookline.store.open import storage_of
 from hookline.worker import claiming
 from hookline.worker.jobs import Job
 from hookline.worker.worker import Worker
+from tests.receiver import Answer, Received
 
 LOOPBACK = [ip_network("127.0.0.0/8")]
 
@@ -55,3 +58,26 @@ async def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
             return value
         await asyncio.sleep(0.01)
     raise AssertionError(f"not true within {seconds:g} s")
+
+
+def ended(db: Database, count: int = 1) -> Callable[[], list[dict[str, Any]] | None]:
+    """A condition that is true when this many deliveries have ended; its value is their rows."""
+
+    def look() -> list[dict[str, Any]] | None:
+        rows = deliveries.page(db, limit=200)
+        has_ended = len(rows) >= count and all(row["status"] != "pending" for row in rows)
+        return rows if has_ended else None
+
+    return look
+
+
+def answering(*answers: int | Answer) -> Callable[[Received], Answer]:
+    """These answers one after the other, then the last one again."""
+    left = [(answer, {}, b"said") if isinstance(answer, int) else answer for answer in answers]
+    lock = threading.Lock()
+
+    def next_answer(_: Received) -> Answer:
+        with lock:
+            return left.pop(0) if len(left) > 1 else left[0]
+
+    return next_answer

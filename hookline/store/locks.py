@@ -7,8 +7,8 @@ webhooks, deliveries, lanes, events.
     ------------------------------------  ------------------------------------------------------------------------
     settling.settle                       webhooks, deliveries, lanes; then what publishing locks, if it disables one
     webhooks.change                       webhook, its deliveries (skips locked ones), its lane
+    webhooks.unregister                   webhook, its deliveries; its lane by the cascade
     removal.delete_oldest                 webhook, its deliveries
-    webhooks.unregister                   webhook, its deliveries and lane by the cascade
     replays.record                        webhook, the replay, deliveries, lane
     imports.plan, imports.write           webhooks, lanes
     rotation.rotated, rotation.erase      webhooks (`erase` skips locked ones)

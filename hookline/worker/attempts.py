@@ -45,11 +45,12 @@ def signed_headers(job: Job) -> dict[str, str]:
 
 def decide(job: Job, result: Result, retry_schedule: Sequence[float]) -> Settled:
     """Decide what follows; `retry_schedule` is for webhooks that have none of their own."""
-    is_usable = True
-    try:
-        schedule = job.own_schedule() or retry_schedule
-    except Exception:  # the database may hold anything
-        schedule, is_usable = retry_schedule, False
+    schedule, is_usable = retry_schedule, True
+    if job.retry_schedule:
+        try:
+            schedule = job.own_schedule() or retry_schedule
+        except Exception:  # the database may hold anything
+            is_usable = False
     settlement = policy.settle(
         result,
         attempts=job.attempts + 1 - job.attempts_before,

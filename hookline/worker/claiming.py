@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 from peewee import Database
 
-from hookline import clock, policy, rotation
+from hookline import clock, policy
 from hookline.lanes import Slots, in_order_sql, next_attempt_at, next_attempt_sql, open_lanes
 from hookline.store import locks, sql
 from hookline.store.pool import is_postgres
 from hookline.tables import read_time, stored_time
 from hookline.worker.capacity import saturated
-from hookline.worker.jobs import Job, LaneClaim
+from hookline.worker.jobs import PUBLISHED, Job, LaneClaim
 
 LANES_AT_ONCE = 100
 CANCELLED_AT_ONCE = 1000
 BY_DISABLING = "the webhook was disabled"
-OF_DELIVERY = ("delivery_id", "webhook_id", "event_id", "attempts", "attempts_before")  # columns that are fields of Job
-OF_WEBHOOK = ("url", "secret", *rotation.COLUMNS, "headers", "retry_schedule", "rate_limit", "ordered")
+JOB_COLUMNS = Job._fields[: Job._fields.index("event_type")]
+OF_DELIVERY = ("webhook_id", "event_id", "delivery_id", "attempts", "attempts_before")  # the others are of the webhook
 
 Lease = tuple[int, str]  # delivery_id and lease_end
 
@@ -162,17 +162,18 @@ def load(
     `since`: the start of the leases, of time.monotonic(). `claims`: by webhook, if they were claimed from lanes.
     """
     rows = db.execute_sql(load_sql(db), {"leases": sql.encoded(leases)}).fetchall()
-    deliveries = [dict(zip((*OF_DELIVERY, *OF_WEBHOOK), row, strict=True)) for row in rows]
-    contents = _contents(db, {delivery["event_id"] for delivery in deliveries})
+    contents = _contents(db, {event_id for _, event_id, *_ in rows})
     return [
-        Job(
-            **delivery,
-            **contents[delivery["event_id"]],
+        Job(  # type: ignore[misc]  # `others` ends before event_type
+            webhook_id,
+            event_id,
+            *others,
+            **contents[event_id],
             leased_at=since,
-            lane=claims[delivery["webhook_id"]] if claims else LaneClaim(),
+            lane=claims[webhook_id] if claims else PUBLISHED,
         )
-        for delivery in deliveries
-        if delivery["event_id"] in contents  # else the sweep removes it: see orphans.py
+        for webhook_id, event_id, *others in rows
+        if event_id in contents  # else the sweep removes it: see orphans.py
     ]
 
 
@@ -191,7 +192,7 @@ def _contents(db: Database, event_ids: Iterable[str]) -> dict[str, dict[str, Any
 
 @lru_cache(maxsize=8)
 def load_sql(db: Database) -> str:
-    columns = ", ".join([*(f"d.{name}" for name in OF_DELIVERY), *(f"w.{name}" for name in OF_WEBHOOK)])
+    columns = ", ".join(f"{'d' if name in OF_DELIVERY else 'w'}.{name}" for name in JOB_COLUMNS)
     return f"""
         SELECT {columns}
         FROM {sql.values(db, "leases", "id bigint", "lease_end timestamptz")}

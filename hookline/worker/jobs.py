@@ -14,19 +14,22 @@ RESERVE = 1.0  # seconds of a lease that are left for recording
 
 
 class LaneClaim(NamedTuple):
-    """The state of a lane at the claim of a job. What is published and leased at once has none."""
+    """The state of a lane at the claim of a job."""
 
     failures: int = 0  # in a row
     closed_until: str | None = None  # for this job alone
     opens_at: str | None = None  # by its rate limit
 
 
-class Job(NamedTuple):
-    """A delivery that this process has leased. Its first fields are columns: see `claiming.load`."""
+PUBLISHED = LaneClaim()  # of jobs that were leased when they were published, without a lane
 
-    delivery_id: int
+
+class Job(NamedTuple):
+    """A delivery that this process has leased. Its fields up to `ordered` are the columns that `claiming` selects."""
+
     webhook_id: str
     event_id: str
+    delivery_id: int
     attempts: int
     attempts_before: int
     url: str
@@ -42,7 +45,7 @@ class Job(NamedTuple):
     body: bytes
     event_time: str  # the `timestamp` in the body
     leased_at: float  # of time.monotonic()
-    lane: LaneClaim = LaneClaim()
+    lane: LaneClaim = PUBLISHED
 
     @property
     def is_exclusive(self) -> bool:
@@ -51,7 +54,8 @@ class Job(NamedTuple):
 
     def secrets(self, now: datetime) -> list[str]:
         """The secrets that sign, newest first."""
-        kept = rotation.kept(self.previous_secret, self.previous_secret_expires_at, self.earlier_secrets, now)
+        old = rotation.OldSecrets(self.previous_secret, self.previous_secret_expires_at, self.earlier_secrets)
+        kept = old.kept(now)
         return [self.secret, *(secret for secret, _ in reversed(kept))]
 
     def own_headers(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from typing import NamedTuple
 
 from peewee import Database
@@ -64,7 +65,7 @@ def _attempted(settled: Settled, now: str) -> Attempted:
         status=settlement.status,
         next_attempt_at=lanes.next_attempt_at(job.ordered, due_at) if due_at else None,
         finished_at=None if due_at else now,
-        started_at=stored_time(result.started_at),
+        started_at=_started_at(settled),
         duration_ms=result.duration_ms,
         status_code=result.status_code,
         error=result.error,
@@ -76,11 +77,11 @@ class WebhookCounts(NamedTuple):
     """The change of a webhook's counters by the attempts of a batch. Times are stored times."""
 
     webhook_id: str
-    calls: int = 0
-    failed_calls: int = 0
-    last_success: str | None = None
-    last_failure: str | None = None
-    failing_since: str | None = None  # after its last success
+    calls: int
+    failed_calls: int
+    last_success: str | None
+    last_failure: str | None
+    failing_since: str | None  # after its last success
 
 
 COUNTS_COLUMNS = (
@@ -93,23 +94,29 @@ COUNTS_COLUMNS = (
 )
 
 
-def _counts(batch: Iterable[Settled]) -> Iterable[WebhookCounts]:
-    by_webhook: dict[str, WebhookCounts] = {}
+def _counts(batch: Iterable[Settled]) -> list[WebhookCounts]:
+    by_webhook: dict[str, list[Settled]] = {}
     for settled in batch:
-        webhook_id, started_at = settled.job.webhook_id, stored_time(settled.result.started_at)
-        counts = by_webhook.get(webhook_id) or WebhookCounts(webhook_id)
-        if settled.settlement.counts_as_failure:
-            by_webhook[webhook_id] = counts._replace(
-                calls=counts.calls + 1,
-                failed_calls=counts.failed_calls + 1,
-                last_failure=started_at,
-                failing_since=counts.failing_since or started_at,
-            )
-        else:
-            by_webhook[webhook_id] = counts._replace(
-                calls=counts.calls + 1, last_success=started_at, failing_since=None
-            )
-    return by_webhook.values()
+        by_webhook.setdefault(settled.job.webhook_id, []).append(settled)
+    return [_counts_of(webhook_id, attempts) for webhook_id, attempts in by_webhook.items()]
+
+
+def _counts_of(webhook_id: str, attempts: Sequence[Settled]) -> WebhookCounts:
+    failures = [settled for settled in attempts if settled.settlement.counts_as_failure]
+    successes = [settled for settled in attempts if not settled.settlement.counts_as_failure]
+    since_success = list(takewhile(lambda settled: settled.settlement.counts_as_failure, reversed(attempts)))
+    return WebhookCounts(
+        webhook_id,
+        calls=len(attempts),
+        failed_calls=len(failures),
+        last_success=_started_at(successes[-1]) if successes else None,
+        last_failure=_started_at(failures[-1]) if failures else None,
+        failing_since=_started_at(since_success[-1]) if since_success else None,
+    )
+
+
+def _started_at(settled: Settled) -> str:
+    return stored_time(settled.result.started_at)
 
 
 @lru_cache(maxsize=8)

@@ -35,9 +35,9 @@ def test_a_worker_delivers_what_the_web_process_accepts(place: Place, receiver: 
 
 
 def test_publish_stores_an_event_once_for_its_key(place: Place) -> None:
-    first, again = (manage(place, "publish", "goal", '{"n": 1}', "--idempotency-key", "k") for _ in range(2))
+    first, second = (manage(place, "publish", "goal", '{"n": 1}', "--idempotency-key", "k") for _ in range(2))
     assert re.fullmatch(r"evt_\S+: 0 deliveries\n", first.stdout)
-    assert again.stdout == first.stdout.strip() + ", published before\n"
+    assert second.stdout == first.stdout.strip() + ", published before\n"
     for data, reason in (("{", "DATA is not JSON"), ("[]", "data must be an object")):
         wrong = manage(place, "publish", "goal", data)
         assert wrong.returncode == 1

@@ -1,4 +1,4 @@
-"""What a terminal gets to see: bars that give the cursor back, and nothing that it would obey."""
+"""Output on a terminal: bars that give the cursor back, and nothing that the terminal would obey."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -24,7 +23,7 @@ from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET
 from tests.databases import plan, read_whole
 from tests.outlets import outlet
-from tests.working import claim_up_to, rules
+from tests.working import claim_up_to, rules, until
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
 LONG_AGO = stored_time(NOW - timedelta(days=9))
@@ -71,8 +70,8 @@ def look(db: Database) -> int:
     changed = 0
     following: str | None = ""
     while following is not None:
-        found, resting, following = clock_jumps.misdated(db, rules(), following)
-        changed += write_now(db, clock_jumps.bring_forward, rules(), found, resting)
+        late, resting, following = clock_jumps.misdated(db, rules(), following)
+        changed += write_now(db, clock_jumps.bring_forward, rules(), late, resting)
     return changed
 
 
@@ -88,9 +87,7 @@ def opens(db: Database) -> list[float]:
         return [(row.open_at - clock.now()).total_seconds() for row in Lane.select().where(Lane.open_at.is_null(False))]
 
 
-async def test_what_a_clock_ahead_had_scheduled_does_not_wait_after_a_start_with_the_right_one(
-    db: Database, webhook_id: str, at: Any
-) -> None:
+async def test_a_start_brings_forward_what_a_clock_ahead_had_scheduled(db: Database, webhook_id: str, at: Any) -> None:
     at(AHEAD)
     publish(db, 3)
     fail(db)
@@ -100,10 +97,7 @@ async def test_what_a_clock_ahead_had_scheduled_does_not_wait_after_a_start_with
     worker = Worker(storage, Client(), rules())
     await storage.start()
     await worker.start()
-    for _ in range(1500):
-        if all(one["attempts"] for one in deliveries.page(db)):
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: all(delivery["attempts"] for delivery in deliveries.page(db)))
     await worker.stop()
     await storage.stop()
     assert max(due(db)) < 60
@@ -111,7 +105,7 @@ async def test_what_a_clock_ahead_had_scheduled_does_not_wait_after_a_start_with
 
 @pytest.mark.parametrize("ahead", [2 * 60, AHEAD, 400 * 24 * HOUR])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_retries_that_were_set_in_the_future_are_due_now(
+def test_retries_that_a_clock_ahead_has_set_are_due_now(
     db: Database, manager: WebhookManager, webhook_id: str, at: Any, ahead: float, ordered: bool
 ) -> None:
     manager.update(webhook_id, {"ordered": ordered})
@@ -125,9 +119,7 @@ def test_retries_that_were_set_in_the_future_are_due_now(
     assert look(db) == 0
 
 
-def test_what_was_never_attempted_and_a_lease_of_who_died_do_not_wait_either(
-    db: Database, webhook_id: str, at: Any
-) -> None:
+def test_first_attempts_and_leases_of_a_clock_ahead_are_brought_forward(db: Database, webhook_id: str, at: Any) -> None:
     at(AHEAD)
     publish(db)
     lanes.attach(db, outlet(Slots(9, 9)))  # a worker that takes it and dies
@@ -142,19 +134,18 @@ def test_what_was_never_attempted_and_a_lease_of_who_died_do_not_wait_either(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize(("wait", "retry_after"), [(24 * HOUR, None), (5, 24 * HOUR), (0.1, None)])
+@pytest.mark.parametrize("waits", [(24 * HOUR, None), (5, 24 * HOUR), (0.1, None)])  # scheduled, Retry-After
 def test_what_waits_as_long_as_it_should_is_left_alone(
     db: Database,
     manager: WebhookManager,
     webhook_id: str,
     at: Any,
     ordered: bool,
-    wait: float,
-    retry_after: float | None,
+    waits: tuple[float, float | None],
 ) -> None:
     manager.update(webhook_id, {"ordered": ordered})
     publish(db, 2)
-    fail(db, wait, retry_after)
+    fail(db, *waits)
     for seconds in (0, HOUR, 23 * HOUR):
         at(seconds)
         before = due(db), opens(db)
@@ -209,4 +200,6 @@ def test_a_look_seeks_and_reads_nothing_whole(db: Database, webhook_id: str, at:
         clock_jumps.misdated(db, rules())
     db.query_hooks.clear()
     assert any("idx_deliveries_pending" in step for step in steps), steps
-    assert not [one for table in ("deliveries d", "lanes l", "webhooks w") for one in read_whole(steps, *table.split())]
+    assert not [
+        step for table in ("deliveries d", "lanes l", "webhooks w") for step in read_whole(steps, *table.split())
+    ]

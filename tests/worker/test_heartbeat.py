@@ -33,7 +33,7 @@ def ready(server: Server) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
-def test_a_web_process_without_a_worker_is_ready_while_a_worker_beats_somewhere(place: Place, db: Database) -> None:
+def test_a_process_without_a_worker_is_ready_while_any_worker_beats(place: Place, db: Database) -> None:
     with running(place, RUN_WORKER="false") as server:
         assert ready(server) == NONE
         with worker(place):
@@ -47,7 +47,7 @@ def test_a_web_process_without_a_worker_is_ready_while_a_worker_beats_somewhere(
     assert rows(db) == []
 
 
-def test_a_worker_that_was_killed_is_missed_after_a_while_and_forgotten_after_a_day(
+def test_a_killed_worker_is_missed_soon_and_forgotten_after_a_day(
     place: Place, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with db.connection_context():
@@ -80,13 +80,13 @@ def test_a_beat_from_a_clock_that_was_put_right_since_counts_for_nothing(
 
 async def test_a_worker_beats_from_its_start_to_its_end(place: Place, db: Database) -> None:
     workers = [Worker(storage_of(open_database(place.url)), Client(), rules()) for _ in range(2)]
-    for one in workers:
-        await one.storage.start()
-        await one.start()
+    for started in workers:
+        await started.storage.start()
+        await started.start()
     await until(lambda: len(rows(db)) == 2)
-    for left, one in enumerate(reversed(workers)):
-        await one.stop()
-        await one.storage.stop()
+    for left, stopped in enumerate(reversed(workers)):
+        await stopped.stop()
+        await stopped.storage.stop()
         assert len(rows(db)) == 1 - left
 
 

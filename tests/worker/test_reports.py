@@ -34,7 +34,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def lines(log: pytest.LogCaptureFixture, about: str) -> list[str]:
-    return [one.getMessage() for one in log.records if one.name == "hookline" and about in one.getMessage()]
+    return [record.getMessage() for record in log.records if record.name == "hookline" and about in record.getMessage()]
 
 
 def answering(*codes: int) -> Callable[[Received], Answer]:
@@ -43,7 +43,7 @@ def answering(*codes: int) -> Callable[[Received], Answer]:
     return lambda _: (left.pop(0) if len(left) > 1 else left[0], {}, b"a-marked-answer")
 
 
-async def test_an_endpoint_that_fails_is_told_once_and_what_is_given_up_each_time(
+async def test_a_failing_endpoint_is_told_once_and_each_delivery_given_up(
     db: Database, manager: WebhookManager, receiver: Receiver, log: pytest.LogCaptureFixture
 ) -> None:
     path = "/down?token=a-marked-token"
@@ -59,7 +59,7 @@ async def test_an_endpoint_that_fails_is_told_once_and_what_is_given_up_each_tim
     for delivery_id, line in zip((1, 2), sorted(lines(log, "failed for good")), strict=True):
         assert line.startswith(f"delivery {delivery_id} to webhook {webhook_id} has failed for good: answered 503")
         assert line.endswith("(event type goal, attempt 3, the last one)")
-    assert {one.levelname for one in log.records if webhook_id in one.getMessage()} == {"WARNING"}
+    assert {record.levelname for record in log.records if webhook_id in record.getMessage()} == {"WARNING"}
     assert "a-marked" not in log.text
 
 
@@ -156,7 +156,7 @@ def test_an_endpoint_that_flaps_gets_a_line_a_minute(
     assert lines(log, "webhook a")[0].startswith("webhook a fails: answered 500")
 
 
-def test_that_an_endpoint_works_again_is_told_when_its_minute_is_over_though_nothing_more_is_sent(
+def test_recovery_is_told_after_its_minute_though_nothing_more_is_sent(
     log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, now = Reports(), Clock(monkeypatch)
