@@ -6,12 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import httpx2 as httpx
@@ -25,8 +24,10 @@ from hookline import WebhookManager
 from hookline.store.open import open_database
 from settings import Settings
 from tests import databases
-from tests.databases import Place, Postgres, free_port
+from tests.databases import Place, Postgres
+from tests.processes import Output, Process
 from tests.receiver import Receiver
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -104,9 +105,13 @@ def environment(**settings: str) -> dict[str, str]:
 
 def manage(place: Place, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `python manage.py ARGUMENTS` on a database."""
-    command = [sys.executable, str(ROOT / "manage.py"), *arguments]
     env = environment(DATABASE_URL=place.url, **settings)
-    return subprocess.run(command, env=env, cwd=place.folder, capture_output=True, text=True, timeout=60)
+    with TemporaryFile("w+") as stdout, TemporaryFile("w+") as stderr:
+        files = {"stdout": stdout.fileno(), "stderr": stderr.fileno()}
+        status = Process("manage.py", *arguments, env=env, folder=place.folder, **files).wait(60)
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(arguments, status, stdout.read(), stderr.read())
 
 
 @dataclass
@@ -117,34 +122,26 @@ class Server:
     settings: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> Server:
-        port = free_port()
-        env = environment(DATABASE_URL=self.place.url, PORT=str(port), **self.settings)
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py")],
-            env=env,
-            cwd=self.place.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-        path = "/health" if self.settings.get("RUN_WORKER") == "false" else "/ready"  # not ready until a worker beats
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if self.client.get(path).status_code == 200:
-                    return self
-            except httpx.TransportError:
-                time.sleep(0.02)  # nothing listens yet; there is no signal to wait on from outside
-        self.process.kill()
-        raise AssertionError(f"the server did not get ready: {self.process.communicate()[0]}")
+        env = environment(DATABASE_URL=self.place.url, PORT="0", **self.settings)
+        with Output() as self.output:
+            pipes = {"stdout": self.output.writer, "stderr": self.output.writer}
+            self.process = Process("app.py", env=env, folder=self.place.folder, **pipes)
+        try:
+            url = self.output.wait_for("Hookline serves on ")
+            self.client = httpx.Client(base_url=url, timeout=60, verify=False)  # without https no certificates
+            path = "/health" if self.settings.get("RUN_WORKER") == "false" else "/ready"  # once a worker beats
+            wait_until(lambda: self.client.get(path).status_code == 200)
+        except BaseException:
+            self.process.kill()
+            raise
+        return self
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> str:
         """End it; returns what it printed."""
         self.client.close()
-        if self.process.poll() is None:
-            self.process.send_signal(how)
-        return self.process.communicate(timeout=20)[0]
+        self.process.send_signal(how)
+        self.process.wait(20)
+        return self.output.rest()
 
     def register(self, **changes: Any) -> httpx.Response:
         return self.client.post("/api/v1/webhooks/register", json=registration(**changes))

@@ -59,7 +59,11 @@ class Job(NamedTuple):
         return [self.secret, *(secret for secret, _ in reversed(kept))]
 
     def own_headers(self) -> dict[str, str]:
-        return dict(json.loads(self.headers)) if self.headers else {}
+        """The webhook's own headers. Raises ValueError if they cannot be used."""
+        headers = dict(json.loads(self.headers)) if self.headers else {}
+        if not all(isinstance(value, str) for value in headers.values()):
+            raise ValueError("not headers")
+        return headers
 
     def own_schedule(self) -> tuple[float, ...]:
         """The webhook's retry schedule, empty if it has none. Raises ValueError if it cannot be used."""

@@ -169,8 +169,9 @@ def test_what_strangers_send_to_listen_cannot_command_the_terminal(tmp_path: Pat
     lines = printed.splitlines()
     assert lines[0] == "go\\udcffal\\u202e: \\x1b[2J\\r\\nsignature: holds\\u202e\\x00 ☃\ufffd"
     assert lines[1].startswith("  signature: does not hold: there is neither")
-    assert all(line.startswith("a request could not be read: ") for line in lines[2:])
-    assert len(lines) > 3
+    unread, compressed = lines[2:-2], lines[-2:]
+    assert unread and all(line.startswith("a request could not be read: ") for line in unread)
+    assert compressed[0] == "no event type: abc"
     assert all(line.isprintable() for line in lines)
 
 

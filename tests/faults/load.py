@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +12,10 @@ from typing import Any
 
 import httpx2 as httpx
 
-from tests.conftest import ROOT, Server, environment
+from tests.conftest import Server, environment
 from tests.databases import Place
+from tests.processes import Output, Process
+from tests.waiting import wait_until
 
 EVENT = {"event_type": "game_started", "data": {"team": "ne"}}
 LOOPBACK = {"ALLOWED_NETWORKS": "127.0.0.0/8"}
@@ -72,33 +72,26 @@ def killed_at_last(place: Place, **settings: str) -> Iterator[Server]:
 
 
 @contextmanager
-def worker(place: Place, **settings: str) -> Iterator[subprocess.Popen[str]]:
+def worker(place: Place, **settings: str) -> Iterator[Process]:
     """`python manage.py worker`, once it delivers."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "manage.py"), "worker"],
-        env=environment(DATABASE_URL=place.url, **settings),
-        cwd=place.folder,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    env = environment(DATABASE_URL=place.url, **settings)
+    with Output() as output:
+        process = Process("manage.py", "worker", env=env, folder=place.folder, stdout=output.writer)
     try:
-        assert process.stdout
-        assert process.stdout.readline() == "Hookline delivers\n"
+        output.wait_for("Hookline delivers")
         yield process
         process.terminate()
         assert process.wait(20) in (0, -signal.SIGTERM, -signal.SIGKILL)
     finally:
         process.kill()
-        process.communicate()
+        process.wait(10)
 
 
 def wait_until_none_is_pending(server: Server, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not server.client.get("/api/v1/deliveries", params={"status": "pending"}).json()["data"]:
-            return
-        time.sleep(0.05)
-    raise AssertionError("deliveries are still pending")
+    def pending() -> list[Any]:
+        return list(server.client.get("/api/v1/deliveries", params={"status": "pending"}).json()["data"])
+
+    wait_until(lambda: not pending(), seconds)
 
 
 def every(server: Server, path: str, **query: str) -> list[dict[str, Any]]:

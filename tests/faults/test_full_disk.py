@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tests import databases
 from tests.conftest import running
 from tests.databases import Place, Postgres, execute, named
 from tests.receiver import Receiver
+from tests.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,5 @@ def test_deliveries_outlive_a_full_disk(small_disk: SmallDisk, receiver: Receive
         answers.append(server.client.post("/api/v1/events", json=event))
         assert answers[-1].status_code == 202
         acknowledged = {answer.json()["event_id"] for answer in answers if answer.status_code == 202}
-        deadline = time.monotonic() + 20
-        while acknowledged - {one.event_id for one in receiver.received} and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: acknowledged <= {request.event_id for request in receiver.received}, 20)
     assert {one.event_id for one in receiver.received} == acknowledged

@@ -21,6 +21,7 @@ import pytest
 from tests import databases
 from tests.conftest import Server, running
 from tests.receiver import Receiver
+from tests.waiting import wait_until
 
 Behaviour = Callable[[socket.socket], None]
 SETTINGS = {"ALLOWED_NETWORKS": "127.0.0.0/8", "DELIVERY_TIMEOUT": "1s", "RETRY_SCHEDULE": "200ms"}
@@ -154,13 +155,13 @@ def check_failure(server: Server, receiver: Receiver, url: str, named: str) -> d
 
 def ended(server: Server, webhook_id: str) -> dict[str, Any]:
     """The one delivery to this webhook, with its log, once it is not pending any more."""
-    deadline = time.monotonic() + 15
-    while time.monotonic() < deadline:
+
+    def not_pending() -> dict[str, Any] | None:
         (listed,) = server.client.get("/api/v1/deliveries", params={"webhook_id": webhook_id}).json()["data"]
-        if listed["status"] != "pending":
-            return dict(server.client.get(f"/api/v1/deliveries/{listed['delivery_id']}").json())
-        time.sleep(0.05)
-    raise AssertionError("the delivery is still pending")
+        return listed if listed["status"] != "pending" else None
+
+    listed = wait_until(not_pending, 15)
+    return dict(server.client.get(f"/api/v1/deliveries/{listed['delivery_id']}").json())
 
 
 def memory(server: Server, field: str) -> int:

@@ -20,6 +20,7 @@ from tests.conftest import Server, only_postgres, running
 from tests.databases import Place, Postgres, execute, named
 from tests.faults.load import QUICK, Load, every, killed_at_last, wait_until_none_is_pending, worker
 from tests.receiver import Receiver
+from tests.waiting import wait_until
 
 WEBS, WORKERS = 2, 4
 PATIENT = QUICK | {"LEASE": "30s", "DELIVERY_TIMEOUT": "10s", "DATABASE_POOL": "2"}  # a slow machine sends once, too
@@ -97,7 +98,8 @@ def test_one_worker_and_one_web_process_killed_under_load_lose_nothing(place: Pl
         workers = [stack.enter_context(worker(place, **SMALL)) for _ in range(WORKERS)]
         loads = [stack.enter_context(Load(web, acknowledged)) for web in webs]
         receiver.wait_for(300, timeout=60)
-        for process in random.sample([webs[1].process, random.choice(workers)], 2):
+        doomed = [webs[1].process, random.choice(workers)]
+        for process in random.sample(doomed, 2):
             time.sleep(random.uniform(0, 0.3))  # the moment of the kill is what varies
             process.kill()
         before = len(receiver.received)
@@ -172,12 +174,3 @@ def test_ready_says_that_the_database_takes_no_writes_or_does_not_answer(own_ser
                     os.kill(pid, signal.SIGCONT)
         wait_until(lambda: server.client.get("/ready").status_code == 200)
         assert server.register().status_code == 201
-
-
-def wait_until(condition: Any, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it did not come to be")
