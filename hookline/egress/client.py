@@ -182,12 +182,18 @@ class Client:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await loop.sock_connect(sock, (address[0], origin.port, *address[2:]))
             self._check(origin, sock.getpeername(), url)
+            tls = self._context() if origin.is_tls else None
             _, connection = await loop.create_connection(
                 lambda: Connection(partial(self._keep, origin), self._forget),
                 sock=sock,
-                ssl=self._context() if origin.is_tls else None,
-                server_hostname=origin.host if origin.is_tls else None,
+                ssl=tls,
+                server_hostname=origin.host if tls else None,
             )
+        except ConnectionError as exc:
+            sock.close()
+            if not isinstance(exc, ConnectionRefusedError) and origin.is_tls:
+                raise Broken("TLS failed: the endpoint closed the connection") from exc
+            raise
         except BaseException:
             sock.close()
             raise
