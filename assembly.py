@@ -41,10 +41,11 @@ def worker_of(config: settings.Settings, storage: Storage) -> Worker:
         timeout=config.delivery_timeout,
         concurrency=config.worker_concurrency,
         retention=config.retention,
+        max_payload=config.max_payload,
     )
     listening = (config.host, config.port)
     client = Client(allowed=config.allowed_networks, timeout=config.delivery_timeout, own=listening)
-    return Worker(storage, client, rules, config.max_payload)
+    return Worker(storage, client, rules)
 
 
 @asynccontextmanager

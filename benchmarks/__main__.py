@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
-from benchmarks import backends, deliver, http, scale, startup, transfer
+from benchmarks import backends, connections, deliver, http, scale, startup, transfer
 from benchmarks.report import HEADER, Figure
 
 ALL: dict[str, Callable[[], Iterable[Figure]]] = {
@@ -17,6 +17,7 @@ ALL: dict[str, Callable[[], Iterable[Figure]]] = {
     "transfer": transfer.run,
     "scale": scale.run,
     "startup": startup.run,
+    "connections": connections.run,
     "deliver": deliver.run,
     "backends": backends.run,
 }

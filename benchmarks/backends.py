@@ -1,4 +1,4 @@
-"""SQLite and PostgreSQL in one run, on the same cores: register, publish, deliver; and what size costs on PostgreSQL.
+"""SQLite and PostgreSQL in one run, on the same cores: register, publish, deliver; and the cost of size on PostgreSQL.
 
 Nothing is pinned to a core: PostgreSQL's own processes need theirs from the same two.
 """
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +26,13 @@ from pyreqwest.client import Client, ClientBuilder
 import models
 from benchmarks import deliver, http, server
 from benchmarks.delivering import DATA
+from benchmarks.filling import SUBSCRIPTIONS, WEBHOOKS, remember
 from benchmarks.report import Figure
 from hookline import WebhookManager, clock, events, lanes, policy, retention
 from hookline.events import NewEvent
 from hookline.lanes import Outlet, Slots, Wake
 from hookline.policy import Result
 from hookline.store.open import open_database, storage_of
-from hookline.store.pool import is_postgres
 from hookline.store.units import unit
 from hookline.worker import claiming, settling
 from hookline.worker.jobs import Settled
@@ -68,7 +68,7 @@ def run() -> Iterator[Figure]:
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """A durable one, with the memory that a small box would give it."""
+    """A durable server with the memory that a small machine would give it."""
     started = Postgres(("shared_buffers=512MB", "max_wal_size=4GB"), parent=server.DISK).start()
     try:
         yield started
@@ -84,14 +84,14 @@ def database(pg: Postgres, name: str) -> str:
 
 
 def versus(claim: str, rounds: list[list[float]], target: str = ">= 0") -> Figure:
-    """The medians of rounds, each a rate for SQLite and one for PostgreSQL."""
-    sqlite, pg = (statistics.median(rates[place] for rates in rounds) for place in (0, 1))
+    """Compare the medians of rounds, each a rate for SQLite and a rate for PostgreSQL."""
+    sqlite, pg = (statistics.median(rates) for rates in zip(*rounds, strict=True))
     ratio = statistics.median(rates[1] / rates[0] for rates in rounds)
     return Figure(f"PostgreSQL: {claim}", f"{pg:,.0f}/s", f"SQLite: {sqlite:,.0f}/s", ratio, target)
 
 
 def requests(urls: list[str]) -> Iterator[Figure]:
-    """Registered, and published to nobody, per second over HTTP."""
+    """Webhooks registered, and events published to nobody, per second over HTTP."""
     with ExitStack() as stack:
         running = [stack.enter_context(server.hookline(url, pinned=False)).url for url in urls]
         for claim, rounds in asyncio.run(load(running)).items():
@@ -122,13 +122,13 @@ def both(pg: Postgres, folder: Path, name: str) -> list[str]:
 
 
 def in_process(pg: Postgres, folder: Path) -> Iterator[Figure]:
-    """Published and delivered by one process."""
+    """Deliveries per second, published and delivered by one process."""
     turns: dict[str, list[list[float]]] = {fan_out: [] for fan_out in deliver.TARGETS}
     with deliver.sink(pinned=False) as port:
         for turn in range(TURNS):
-            found = [delivering(url, port) for url in both(pg, folder, f"in_process_{turn}")]
+            figures = [delivering(url, port) for url in both(pg, folder, f"in_process_{turn}")]
             for fan_out, rates in turns.items():
-                rates.append([one[fan_out] for one in found])
+                rates.append([figure[fan_out] for figure in figures])
     for fan_out, rates in turns.items():
         yield versus(f"deliveries of one process, fan-out {fan_out}", rates, TARGET)
 
@@ -137,11 +137,11 @@ def delivering(url: str, port: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.delivering", url, str(port)]
     done = subprocess.run(command, cwd=server.ROOT, check=True, capture_output=True, text=True)
     rounds = [json.loads(line) for line in done.stdout.splitlines()][1:]
-    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
 
 
 def by_workers(pg: Postgres, folder: Path) -> Iterator[Figure]:
-    """A backlog that `manage.py worker` processes deliver."""
+    """Deliveries per second of a backlog, by `manage.py worker` processes."""
     for workers in WORKERS:
         names = [f"backlog_{workers}_{turn}" for turn in range(TURNS)]
         rates = [[drained(url, workers) for url in both(pg, folder, name)] for name in names]
@@ -255,20 +255,20 @@ async def published_beside_a_purge(db: Database) -> tuple[float, float, float]:
 
 
 def sizes(pg: Postgres) -> Iterator[Figure]:
-    """What publishing an event to 10 webhooks and settling its deliveries costs, among few webhooks and many."""
+    """The cost of publishing an event to 10 webhooks and settling its deliveries, among few webhooks and many."""
     with ExitStack() as stack:
-        found = []
+        dbs = []
         for size in SIZES:
             url = database(pg, f"webhooks_{size}")
             execute(url, WEBHOOKS.format(size=size))
             execute(url, SUBSCRIPTIONS)
             execute(url, "VACUUM ANALYZE")
-            found.append(stack.enter_context(opened(url)))
-        yield flat(f"PostgreSQL: publish and settle at {SIZES[1]:,} webhooks", f"at {SIZES[0]:,}", found)
+            dbs.append(stack.enter_context(opened(url)))
+        yield flat(f"PostgreSQL: publish and settle at {SIZES[1]:,} webhooks", f"at {SIZES[0]:,}", dbs)
 
 
 def histories(pg: Postgres, folder: Path) -> Iterator[Figure]:
-    """The same with an empty log and with a long one, as long as the disk holds."""
+    """The cost of such a cycle with an empty log and with a long log, as long as the disk holds."""
     rows = min(HISTORY, shutil.disk_usage(folder).free // 3 // BYTES_OF_HISTORY)
     empties, longs = both(pg, folder, "empty"), both(pg, folder, "history")
     for backend, *urls in zip(BACKENDS, empties, longs, strict=True):
@@ -280,7 +280,7 @@ def histories(pg: Postgres, folder: Path) -> Iterator[Figure]:
 
 
 def flat(claim: str, other: str, dbs: list[Database]) -> Figure:
-    """What a cycle costs in the second database, against the first."""
+    """The cost of a cycle in the second database, against the first."""
     works = [cycle(db) for db in dbs]
     deliver.medians(works)  # connections, statements and pages are warm then
     before, after = deliver.medians(works)
@@ -305,50 +305,3 @@ def once(db: Database, woken: list[Wake]) -> None:
     settlement = policy.settle(result, attempts=1, failures=0, schedule=(5,), now=now)
     with unit(db):
         settling.settle(db, [Settled(job, result, settlement) for job in jobs], stored_time(now))
-
-
-WEBHOOKS = """
-    INSERT INTO webhooks (webhook_id, url, events, secret, team, created_at)
-    SELECT lpad(n::text, 36, '0'), 'https://example.com/', '["goal"]', 'a-secret-of-enough-characters',
-           CASE WHEN n < 10 THEN 't' ELSE 'team' || n % 1000 END, now() FROM generate_series(0, {size} - 1) n"""
-SUBSCRIPTIONS = """
-    INSERT INTO subscriptions (event_type, team, webhook_id)
-    SELECT 'goal', team, webhook_id FROM webhooks ORDER BY team, webhook_id"""
-
-
-def remember(db: Database, rows: int, at: datetime) -> None:
-    """So many deliveries that succeeded then, ten of each event, over all webhooks."""
-    series = "generate_series({0} + 1, {1}) AS s(n)" if is_postgres(db) else SERIES
-    event_id = "'evt_' || lpad(n::text, 36, '0')" if is_postgres(db) else "printf('evt_%036d', n)"
-    now = f"'{stored_time(at)}'" + ("::timestamptz" if is_postgres(db) else "")
-    payload = json.dumps({**DATA, "event_type": "goal", "timestamp": "2026-11-23T14:30:01"})
-    statements: list[Callable[[int, int], str]] = [
-        lambda first, last: (
-            f"""
-            INSERT INTO events (event_id, event_type, payload, created_at)
-            SELECT {event_id}, 'goal', '{payload}', {now} FROM {series.format(first, last)}"""
-        ),
-        lambda first, last: (
-            f"""
-            INSERT INTO deliveries (webhook_id, event_id, status, attempts, created_at, finished_at, last_started_at,
-                                    last_duration_ms, last_status_code, last_response)
-            SELECT w.webhook_id, {event_id}, 'succeeded', 1, {now}, {now}, {now}, 5, 200, 'ok'
-            FROM {series.format(first, last)}
-            CROSS JOIN (SELECT webhook_id, row_number() OVER (ORDER BY webhook_id) - 1 AS place FROM webhooks) w
-            WHERE w.place - w.place / 100 * 100 = n - n / 100 * 100"""
-        ),
-    ]
-    total, step = rows // 10, 100_000
-    with db.connection_context():
-        if is_postgres(db):
-            db.execute_sql("SET statement_timeout = 0")
-            db.execute_sql("SET session_replication_role = replica")  # foreign keys are right as they are
-        for first in range(0, total, step):
-            for statement in statements:
-                db.execute_sql(statement(first, min(first + step, total)))
-        if is_postgres(db):
-            db.execute_sql("RESET session_replication_role")
-            db.execute_sql("VACUUM ANALYZE")
-
-
-SERIES = "(WITH RECURSIVE t(n) AS (SELECT {0} + 1 UNION ALL SELECT n + 1 FROM t WHERE n < {1}) SELECT n FROM t) AS s"

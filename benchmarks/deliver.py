@@ -1,4 +1,4 @@
-"""Publishing and delivering: rates against a bare aiohttp loop, and what size, hanging endpoints and backlogs cost."""
+"""Publishing and delivering: rates against a bare aiohttp loop, the cost of size, hanging endpoints and backlogs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from ipaddress import ip_network
@@ -30,7 +31,8 @@ from benchmarks.report import Figure
 from hookline import WebhookManager, events, webhooks
 from hookline.egress import Client
 from hookline.events import NewEvent
-from hookline.policy import Rules
+from hookline.lanes import Slots
+from hookline.policy import DEFAULT
 from hookline.store.open import open_database, storage_of
 from hookline.store.storage import Storage
 from hookline.worker import claiming
@@ -40,7 +42,7 @@ from models import stored_time
 SECRET = "a-secret-of-enough-characters"
 TARGETS = {"1": ">= 0.36", "10": ">= 0.57"}
 BACKLOG = 100_000  # deliveries behind the endpoint that hangs
-HEALTHY = 300  # events to the healthy one
+HEALTHY = 300  # events to the healthy endpoint
 SIZES = (1_000, 1_000_000)  # webhooks, and pending deliveries
 REPEAT = 200
 
@@ -61,10 +63,10 @@ def delivered() -> Iterator[Figure]:
         command = [sys.executable, "-m", "benchmarks.delivering", f"sqlite:///{database}", str(port)]
         done = subprocess.run(command, cwd=server.ROOT, check=True, capture_output=True, text=True)
     rounds = [json.loads(line) for line in done.stdout.splitlines()][1:]  # the first warms up
-    bare = statistics.median(one["bare"] for one in rounds)
+    bare = statistics.median(rates["bare"] for rates in rounds)
     for fan_out, target in TARGETS.items():
-        rate = statistics.median(one[fan_out] for one in rounds)
-        ratio = statistics.median(one[fan_out] / one["bare"] for one in rounds)
+        rate = statistics.median(rates[fan_out] for rates in rounds)
+        ratio = statistics.median(rates[fan_out] / rates["bare"] for rates in rounds)
         yield Figure(f"deliveries, fan-out {fan_out}", f"{rate:,.0f}/s", f"bare aiohttp: {bare:,.0f}/s", ratio, target)
 
 
@@ -98,7 +100,7 @@ def insert_groups(fan_out: int, count: int, group: int = 20) -> None:
                 db.execute("BEGIN IMMEDIATE")
             event_id = f"evt_{number:036}"
             db.execute("INSERT INTO events VALUES (?, 'goal', ?, NULL, ?)", (event_id, payload, now))
-            rows = ((f"{one:036}", event_id, now, now) for one in range(fan_out))
+            rows = ((f"{webhook:036}", event_id, now, now) for webhook in range(fan_out))
             insert = "INSERT INTO deliveries (webhook_id, event_id, next_attempt_at, created_at) VALUES (?, ?, ?, ?)"
             db.executemany(insert, rows)
             if number % group == group - 1:
@@ -131,7 +133,7 @@ def claims() -> Iterator[Figure]:
 
 def claim(db: Database) -> None:
     with db.connection_context(), db.atomic() as transaction:
-        assert len(claiming.claim(db, Rules(), 100, {}, [])) == 100
+        assert len(claiming.claim(db, Slots(100, 100), DEFAULT.lease)) == 100
         transaction.rollback()
 
 
@@ -151,10 +153,10 @@ async def healthy_p95(hanging: bool) -> float:
             manager.register(f"http://127.0.0.1:{hang_port}/", ["goal"], SECRET)
             backlog(db, BACKLOG)
         storage = storage_of(db)
-        worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=2), Rules(timeout=2))
+        worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=2), replace(DEFAULT, timeout=2))
         await storage.start()
         await worker.start()
-        await asyncio.sleep(1)  # the hanging one has taken the slots it gets
+        await asyncio.sleep(1)  # the hanging endpoint has taken the slots it gets
         times = [await round_trip(storage, manager, good) for _ in range(HEALTHY)]
         await worker.stop(grace=0)
         await storage.stop()
@@ -197,7 +199,7 @@ def fresh() -> Iterator[Database]:
 
 
 def fill(db: Database, webhooks: int, matching: int) -> None:
-    """Webhooks of many teams, `matching` of which get the type `goal` of the team `t`."""
+    """Insert webhooks of many teams, `matching` of which get the type `goal` of the team `t`."""
     rows = []
     for number in range(webhooks):
         event, team = ("goal", "t") if number < matching else ("goal", f"team{number % 1000}")
@@ -215,7 +217,7 @@ def fill(db: Database, webhooks: int, matching: int) -> None:
 
 
 def backlog(db: Database, pending: int) -> None:
-    """This many due deliveries, spread over the webhooks subscribed to `goal`, and their lanes."""
+    """Insert this many due deliveries, spread over the webhooks subscribed to `goal`, and their lanes."""
     past = datetime.now(UTC) - timedelta(hours=1)
     with db.connection_context(), db.atomic():
         ids = [row[0] for row in db.execute_sql("SELECT webhook_id FROM subscriptions WHERE event_type = 'goal'")]
@@ -225,8 +227,9 @@ def backlog(db: Database, pending: int) -> None:
         events_ = [(f"evt_{number:036}", payload, now) for number in range(each)]
         connection.executemany("INSERT INTO events VALUES (?, 'goal', ?, NULL, ?)", events_)
         insert = "INSERT INTO deliveries (webhook_id, event_id, next_attempt_at, created_at) VALUES (?, ?, ?, ?)"
-        connection.executemany(insert, ((one, event[0], now, now) for event in events_ for one in ids))
-        connection.executemany("INSERT INTO lanes (webhook_id, due_at) VALUES (?, ?)", ((one, now) for one in ids))
+        connection.executemany(insert, ((webhook_id, event[0], now, now) for event in events_ for webhook_id in ids))
+        lanes = ((webhook_id, now) for webhook_id in ids)
+        connection.executemany("INSERT INTO lanes (webhook_id, due_at) VALUES (?, ?)", lanes)
 
 
 def timed(work: Callable[[], Any]) -> float:

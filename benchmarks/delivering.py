@@ -10,6 +10,7 @@ import ipaddress
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -21,7 +22,7 @@ from assembly import quiet_gc
 from hookline import WebhookManager, events
 from hookline.egress import Client
 from hookline.events import NewEvent
-from hookline.policy import Rules
+from hookline.policy import DEFAULT
 from hookline.store.open import open_database, storage_of
 from hookline.store.storage import Storage
 from hookline.worker.worker import Worker
@@ -30,7 +31,7 @@ ROUNDS = 11
 BARE = 1500  # posts in a round
 EVENTS = {1: 1500, 10: 150}  # published in a round, by fan-out
 CONCURRENCY = 256
-WINDOW = {1: 120, 10: 240}  # deliveries under way: a webhook may have half of the slots
+WINDOW = {1: 120, 10: 240}  # deliveries in flight: a webhook may have half of the slots
 DATA = {
     "game_id": "401547417",
     "home_team": "ne",
@@ -64,7 +65,7 @@ def succeeded(db: Database) -> int:
 async def ours(storage: Storage, fan_out: int) -> float:
     """Deliveries per second, from the first publish to the last one recorded as succeeded.
 
-    At most WINDOW are under way: what comes faster waits in lanes, which is the slower way.
+    At most WINDOW are in flight: more would wait in lanes, which is the slower way.
     """
     before = await storage.read(succeeded)
     total, begun, recorded = EVENTS[fan_out] * fan_out, 0, 0
@@ -76,7 +77,7 @@ async def ours(storage: Storage, fan_out: int) -> float:
             publishing.add(task)
             task.add_done_callback(publishing.discard)
             begun += fan_out
-        await asyncio.sleep(0.002)  # looking costs, too
+        await asyncio.sleep(0.002)  # a look has its cost, too
         recorded = await storage.read(succeeded) - before
     return total / (time.perf_counter() - start)
 
@@ -91,7 +92,7 @@ async def main() -> None:
             manager.register(f"{url}{fan_out}/{number}", [f"fan_{fan_out}"], "a-secret-of-enough-characters")
     storage = storage_of(db)
     client = Client(allowed=[ipaddress.ip_network("127.0.0.0/8")])
-    worker = Worker(storage, client, Rules(concurrency=CONCURRENCY))
+    worker = Worker(storage, client, replace(DEFAULT, concurrency=CONCURRENCY))
     await storage.start()
     await worker.start()
     quiet_gc()

@@ -1,6 +1,6 @@
 """Register and get per second, against bare Starlette (the ceiling) and the SQLAlchemy design (the rival).
 
-All three servers are up at once, on one core, and are loaded in turn, a short round each: what else the machine does
+All three servers are up at once, on one core, and are loaded in turn, a short round each: other work of the machine
 then slows them alike. A figure is the median of the rounds, a ratio the median of the rounds' ratios.
 """
 

@@ -1,4 +1,4 @@
-"""What a benchmark reports: a figure, what it is held against, and whether it reaches its target."""
+"""The report of a benchmark: a figure, the figure it is compared with, and whether it reaches its target."""
 
 from __future__ import annotations
 

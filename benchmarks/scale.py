@@ -33,7 +33,7 @@ def figures(claim: str, medians: tuple[float, ...]) -> Iterator[Figure]:
 
 
 def measure(size: int) -> tuple[float, float]:
-    """The median seconds of a look-up and of a page, of random webhooks and from random places on."""
+    """The median seconds of a look-up and of a page, of random webhooks and from random positions on."""
     with tempfile.TemporaryDirectory(dir=server.DISK) as name:
         database = server.migrated(Path(name))
         ids = fill(database, size)

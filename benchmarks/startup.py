@@ -1,4 +1,4 @@
-"""How soon after its start the service is ready, and what it takes up when idle."""
+"""The time from the start of the service until it is ready, and its memory when idle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run() -> list[Figure]:
 
 
 def resident(pid: int) -> float:
-    """MB."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024 / 1e6
+    """The resident memory of a process, in MB."""
+    line = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert line
+    return int(line[1]) * 1024 / 1e6

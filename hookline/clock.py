@@ -11,5 +11,5 @@ def now() -> datetime:
 
 
 def legacy_time(moment: datetime | None) -> str | None:
-    """As the replaced service's `datetime.utcnow().isoformat()` wrote it: no zone, no fraction when it is zero."""
+    """The time as `datetime.utcnow().isoformat()` of the replaced service: no zone, no fraction when it is zero."""
     return moment.replace(tzinfo=None).isoformat() if moment else None

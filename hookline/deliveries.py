@@ -1,13 +1,15 @@
-"""The log of deliveries and attempts, and what one can do with a delivery: retry it, cancel it, ask what it waits for.
+"""Deliveries: their log with all attempts, retrying and cancelling them, and the reason why each waits.
 
-Every function is one unit of work on the given database.
+Every function is one unit of work on the given database, unless it says otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from datetime import datetime
-from typing import Any
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from peewee import JOIN, Database
 
@@ -40,9 +42,31 @@ COLUMNS = [
     Lane.failures,
 ]
 DUE_LANES = 100  # looked at for the oldest delivery that is due
+BY_REQUEST = "cancelled by request"
 FINAL = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 Row = dict[str, Any]
+
+
+class WaitsFor(StrEnum):
+    """The reason why a pending delivery waits."""
+
+    CANCELLATION = "nothing: its webhook is disabled, it is about to be cancelled"
+    ANSWER = "nothing: it is being made right now"
+    ORDER = "order: the delivery before it has not ended"
+    ENDPOINT = "back-off: the endpoint fails"
+    RATE_LIMIT = "rate limit"
+    NEXT_ATTEMPT = "back-off: its next attempt"
+    TURN = "its turn"
+
+
+class Inserted(NamedTuple):
+    """A new delivery."""
+
+    delivery_id: int
+    webhook_id: str
+    event_id: str
+    leased: bool
 
 
 def page(
@@ -74,27 +98,30 @@ def get(db: Database, delivery_id: int) -> Row:
     with connected(db):
         row = _row(db, delivery_id)
         attempts = Attempt.select().where(Attempt.delivery == delivery_id).order_by(Attempt.number).dicts().bind(db)
-        log = [_attempt(one["number"], one) for one in attempts.execute()]
+        log = [_attempt(attempt["number"], attempt) for attempt in attempts.execute()]
         if row["last_started_at"] is not None:
-            log.append(_attempt(row["attempts"], {name[5:]: row[name] for name in row if name.startswith("last_")}))
+            latest = {name.removeprefix("last_"): row[name] for name in row if name.startswith("last_")}
+            log.append(_attempt(row["attempts"], latest))
         return {**_shown(db, row), "attempt_log": log}
 
 
 def retry(db: Database, delivery_id: int) -> Row:
     """Make this delivery due now, whatever became of it. Raises NotFound, Conflict, Unavailable.
 
-    One that had ended starts its schedule anew.
+    If it had ended its retry schedule starts anew.
     """
     now = clock.now()
     with transaction(db):
         row = _row(db, delivery_id)
         if not row["enabled"]:
             raise Conflict("the webhook is disabled: enable it first")
-        if _is_under_way(row, now):
+        if _is_being_made(row, now):
             raise Conflict("this delivery is being made right now")
-        again = {"attempts_before": Delivery.attempts} if row["status"] in FINAL else {}
         due = read_time(lanes.next_attempt_at(row["ordered"], stored_time(now)))
-        _move(db, row, status=Status.PENDING, leased=False, next_attempt_at=due, finished_at=None, reason=None, **again)
+        values = {"status": Status.PENDING, "leased": False, "next_attempt_at": due}
+        if row["status"] in FINAL:
+            values["attempts_before"] = Delivery.attempts
+        _change(db, row, {**values, "finished_at": None, "reason": None})
         lanes.open_lanes(db, [row["webhook_id"]], now=True)
         return get(db, delivery_id)
 
@@ -107,26 +134,77 @@ def cancel(db: Database, delivery_id: int) -> Row:
     """
     with transaction(db):
         row = _row(db, delivery_id)
+        if row["status"] == Status.CANCELLED:
+            raise Conflict("this delivery is cancelled already")
         if row["status"] != Status.PENDING:
-            raise Conflict(f"this delivery has {row['status']} already" if row["status"] != "cancelled" else GIVEN_UP)
-        is_waited_for = row["ordered"] and not _is_under_way(row, clock.now()) and not _is_behind_another(db, row)
-        before = f"; before that: {row['last_error']}" if row["last_error"] else ""
-        reason = f"cancelled by request{before}"
-        _move(
-            db,
-            row,
-            status=Status.CANCELLED,
-            leased=False,
-            next_attempt_at=None,
-            finished_at=clock.now(),
-            reason=reason,
-        )
+            raise Conflict(f"this delivery has {row['status']} already")
+        now = clock.now()
+        is_waited_for = row["ordered"] and not _is_being_made(row, now) and not _is_behind_another(db, row)
+        reason = f"{BY_REQUEST}; before that: {row['last_error']}" if row["last_error"] else BY_REQUEST
+        values = {"status": Status.CANCELLED, "leased": False, "next_attempt_at": None}
+        _change(db, row, {**values, "finished_at": now, "reason": reason})
         if is_waited_for:
             lanes.open_now(db, row["webhook_id"])
         return get(db, delivery_id)
 
 
-GIVEN_UP = "this delivery is cancelled already"
+def insert(db: Database, webhook_id: str, event_ids: Collection[str], now: str) -> list[Inserted]:
+    """Insert deliveries of these events to one webhook, unless there are any, in the order of time; returns the new.
+
+    They are not leased. Inside a unit of work.
+    """
+    if not event_ids:
+        return []
+    values = {"webhook_id": webhook_id, "event_ids": sql.encoded_ids(event_ids), "now": now}
+    return [Inserted(*row) for row in db.execute_sql(_insert_sql(db), values).fetchall()]
+
+
+def restart(db: Database, delivery_ids: Collection[int], statuses: Iterable[str], now: str) -> list[int]:
+    """Make these due, from the start of their schedule, if they have one of these statuses; returns their ids.
+
+    Inside a unit of work.
+    """
+    if not delivery_ids:
+        return []
+    allowed = ", ".join(f"'{Status(status)}'" for status in statuses)
+    ordered = "(SELECT w.ordered FROM webhooks w WHERE w.webhook_id = deliveries.webhook_id)"
+    statement = f"""
+        UPDATE deliveries SET status = 'pending', leased = FALSE, finished_at = NULL, attempts_before = attempts,
+               reason = NULL, next_attempt_at = {lanes.next_attempt_sql(ordered, sql.time(db, "now"))}
+        WHERE delivery_id IN (SELECT id FROM {sql.values(db, "delivery_ids", "id bigint")}) AND status IN ({allowed})
+        RETURNING delivery_id"""
+    values = {"now": now, "delivery_ids": sql.encoded_ids(delivery_ids)}
+    return [delivery_id for (delivery_id,) in db.execute_sql(statement, values).fetchall()]
+
+
+def oldest_due(db: Database) -> float:
+    """For how many seconds the delivery has been due that has waited longest in a due lane; 0 if none is.
+
+    Looks at the lanes that have been due for longest. Raises Unavailable.
+    """
+    now = clock.now()
+    statement = f"""
+        SELECT min((
+            SELECT CASE WHEN {lanes.in_order_sql("d")} THEN d.created_at ELSE d.next_attempt_at END FROM deliveries d
+            WHERE d.webhook_id = l.webhook_id AND d.status = 'pending' ORDER BY d.next_attempt_at LIMIT 1))
+        FROM (
+            SELECT webhook_id FROM lanes WHERE due_at <= {sql.time(db, "now")}
+            ORDER BY due_at LIMIT {DUE_LANES}) AS l"""
+    with connected(db):
+        oldest = read_time(db.execute_sql(statement, {"now": stored_time(now)}).fetchone()[0])
+    return max((now - oldest).total_seconds(), 0.0) if oldest is not None else 0.0
+
+
+@lru_cache(maxsize=8)
+def _insert_sql(db: Database) -> str:
+    now = sql.time(db, "now")
+    return f"""
+        INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
+        SELECT w.webhook_id, e.event_id, FALSE, {lanes.next_attempt_sql("w.ordered", now)}, {now}
+        FROM {sql.values(db, "event_ids", "id")} CROSS JOIN events e CROSS JOIN webhooks w
+        WHERE e.event_id = event_ids.id AND w.webhook_id = {sql.param(db, "webhook_id")}
+        ORDER BY e.created_at, e.event_id
+        ON CONFLICT (event_id, webhook_id) DO NOTHING RETURNING delivery_id, webhook_id, event_id, leased"""
 
 
 def _query() -> Any:
@@ -139,30 +217,33 @@ def _query() -> Any:
 
 
 def _row(db: Database, delivery_id: int) -> Row:
-    found = list(_query().where(Delivery.delivery_id == delivery_id).dicts().bind(db).execute())
-    if not found:
+    rows = list(_query().where(Delivery.delivery_id == delivery_id).dicts().bind(db).execute())
+    if not rows:
         raise NotFound("Delivery not found")
-    return dict(found[0])
+    return dict(rows[0])
 
 
-def _move(db: Database, row: Row, **values: Any) -> None:
+def _change(db: Database, row: Row, values: Row) -> None:
     """Change a delivery if it still is as it was read."""
-    same = [Delivery.delivery_id == row["delivery_id"], Delivery.status == row["status"]]
-    same += [Delivery.attempts == row["attempts"], Delivery.leased == row["leased"]]
     due = row["next_attempt_at"]
-    same.append(Delivery.next_attempt_at.is_null() if due is None else Delivery.next_attempt_at == due)
-    changed = Delivery.update(values).where(*same).execute(db)
-    if not changed:
+    same = (
+        Delivery.delivery_id == row["delivery_id"],
+        Delivery.status == row["status"],
+        Delivery.attempts == row["attempts"],
+        Delivery.leased == row["leased"],
+        Delivery.next_attempt_at.is_null() if due is None else Delivery.next_attempt_at == due,
+    )
+    if not Delivery.update(values).where(*same).execute(db):
         raise Conflict("this delivery has just changed: look again")
 
 
-def _is_under_way(row: Row, now: datetime) -> bool:
-    until = row["open_at"] if lanes.is_in_order(row["next_attempt_at"]) else row["next_attempt_at"]
-    return bool(row["status"] == Status.PENDING and row["leased"] and until is not None and until > now)
+def _is_being_made(row: Row, now: datetime) -> bool:
+    lease_end = row["open_at"] if lanes.is_in_order(row["next_attempt_at"]) else row["next_attempt_at"]
+    return bool(row["status"] == Status.PENDING and row["leased"] and lease_end is not None and lease_end > now)
 
 
 def _shown(db: Database, row: Row) -> Row:
-    waiting_for, until = _waiting(db, row)
+    waits_for, until = _waiting(db, row)
     return {
         "delivery_id": row["delivery_id"],
         "webhook_id": row["webhook_id"],
@@ -171,31 +252,30 @@ def _shown(db: Database, row: Row) -> Row:
         "status": row["status"],
         "attempts": row["attempts"],
         "next_attempt_at": until,
-        "waiting_for": waiting_for,
+        "waiting_for": waits_for and waits_for.value,
         "reason": row["reason"] or row["last_error"] if row["status"] in (Status.FAILED, Status.CANCELLED) else None,
         "created_at": row["created_at"],
         "finished_at": row["finished_at"],
     }
 
 
-def _waiting(db: Database, row: Row) -> tuple[str | None, datetime | None]:
-    """What a delivery waits for, and until when."""
+def _waiting(db: Database, row: Row) -> tuple[WaitsFor | None, datetime | None]:
+    """The reason why a delivery waits, and until when."""
     now = clock.now()
     due, opens = row["next_attempt_at"], row["open_at"]
     if row["status"] != Status.PENDING:
         return None, None
     if not row["enabled"]:
-        return "nothing: its webhook is disabled, it is about to be cancelled", None
-    if _is_under_way(row, now):
-        return "nothing: it is being made right now", None
+        return WaitsFor.CANCELLATION, None
+    if _is_being_made(row, now):
+        return WaitsFor.ANSWER, None
     if row["ordered"] and _is_behind_another(db, row):
-        return "order: the delivery before it has not ended", None
+        return WaitsFor.ORDER, None
     if opens is not None and opens > now:
-        until = max(opens, due)
-        return ("back-off: the endpoint fails" if row["failures"] else "rate limit"), until
+        return (WaitsFor.ENDPOINT if row["failures"] else WaitsFor.RATE_LIMIT), max(opens, due)
     if due > now:
-        return "back-off: its next attempt", due
-    return "its turn", max(due, row["created_at"])
+        return WaitsFor.NEXT_ATTEMPT, due
+    return WaitsFor.TURN, max(due, row["created_at"])
 
 
 def _is_behind_another(db: Database, row: Row) -> bool:
@@ -205,40 +285,6 @@ def _is_behind_another(db: Database, row: Row) -> bool:
     return bool(first.scalar(db) != row["delivery_id"])
 
 
-def _attempt(number: int, found: Mapping[str, Any]) -> Row:
-    names: Sequence[str] = ("started_at", "duration_ms", "status_code", "error", "response")
-    return {"number": number, **{name: found[name] for name in names}}
-
-
-def restart(db: Database, delivery_ids: Sequence[int], statuses: Iterable[str], due: str) -> list[int]:
-    """Make these due then, from the start of their schedule, if they have one of these statuses; returns their ids.
-
-    Inside a unit of work.
-    """
-    if not delivery_ids:
-        return []
-    allowed = ", ".join(f"'{Status(one)}'" for one in statuses)
-    statement = f"""
-        UPDATE deliveries SET status = 'pending', leased = FALSE, finished_at = NULL, attempts_before = attempts,
-               reason = NULL, next_attempt_at = {sql.moment(db)}
-        WHERE delivery_id IN (SELECT id FROM {sql.rows(db, "id bigint")}) AND status IN ({allowed})
-        RETURNING delivery_id"""
-    return [row[0] for row in db.execute_sql(statement, (due, sql.ids(delivery_ids))).fetchall()]
-
-
-def oldest_due(db: Database) -> float:
-    """For how many seconds the delivery has been due that has waited longest in a due lane; 0 if none is.
-
-    Looks at the lanes that have been due for longest. Raises Unavailable.
-    """
-    now = clock.now()
-    first = f"""
-        SELECT CASE WHEN {lanes.in_order_sql("d")} THEN d.created_at ELSE d.next_attempt_at END FROM deliveries d
-        WHERE d.webhook_id = l.webhook_id AND d.status = 'pending' ORDER BY d.next_attempt_at LIMIT 1"""
-    moment = sql.moment(db)
-    statement = f"""
-        SELECT min(({first})) FROM (
-            SELECT webhook_id FROM lanes WHERE due_at <= {moment} ORDER BY due_at LIMIT {DUE_LANES}) AS l"""
-    with connected(db):
-        oldest = read_time(db.execute_sql(statement, (stored_time(now),)).fetchone()[0])
-    return max((now - oldest).total_seconds(), 0.0) if oldest is not None else 0.0
+def _attempt(number: int, columns: Row) -> Row:
+    names = ("started_at", "duration_ms", "status_code", "error", "response")
+    return {"number": number, **{name: columns[name] for name in names}}

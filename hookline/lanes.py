@@ -66,7 +66,7 @@ def making_in_order_sql(lane: str) -> str:
 
 
 class Slots(NamedTuple):
-    """What this process's worker can take: `free` in all, of one webhook `per_webhook` less what is in flight."""
+    """Slots of this process's worker: `free` in all, for one webhook `per_webhook` less what is in flight."""
 
     free: int
     per_webhook: int

@@ -14,7 +14,7 @@ from hookline import events, legacy, tables, webhooks
 from hookline.egress import Client
 from hookline.errors import NotFound
 from hookline.events import NewEvent, Published
-from hookline.policy import Rules
+from hookline.policy import DEFAULT
 from hookline.registration import Registration
 from hookline.store import forks, schema
 from hookline.store.open import POSTGRES_SCHEMES, SQLITE_SCHEME, adopt, open_database, storage_of
@@ -60,7 +60,7 @@ class WebhookManager:
         if self._owns_database and self._worker is None:
             storage = storage_of(self.db)
             await storage.start()
-            self._worker = Worker(storage, Client(allowed=self._allowed), Rules())
+            self._worker = Worker(storage, Client(allowed=self._allowed, timeout=DEFAULT.timeout), DEFAULT)
             await self._worker.start()
 
     async def shutdown(self) -> None:

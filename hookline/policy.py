@@ -1,4 +1,4 @@
-"""What follows from an attempt: pure functions of what the endpoint did, the schedule and the time."""
+"""Decide what follows from an attempt: pure functions of what the endpoint did, the schedule and the time."""
 
 from __future__ import annotations
 
@@ -19,23 +19,35 @@ MAX_STEP = 365 * 24 * 3600.0  # seconds of a step of the schedule
 
 @dataclass(frozen=True)
 class Rules:
-    """What the operator chose. Seconds."""
+    """The operator's choices. Times are in seconds."""
 
-    retry_schedule: tuple[float, ...] = (5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
-    disable_after: float = 5 * 86400
-    lease: float = 60
-    timeout: float = 15
-    concurrency: int = 256  # requests in flight
-    retention: float | None = 30 * 86400  # of what has ended; None: for ever
+    retry_schedule: tuple[float, ...]  # the wait before each retry
+    disable_after: float  # of failures alone
+    lease: float
+    timeout: float  # of a request
+    concurrency: int  # requests in flight
+    retention: float | None  # of what has ended; None: for ever
+    max_payload: int  # bytes of an event
 
     @property
-    def share(self) -> int:
-        """How many of them one webhook may have."""
+    def per_webhook(self) -> int:
+        """Requests that one webhook may have in flight."""
         return max(self.concurrency // 2, 1)
 
 
+DEFAULT = Rules(  # for programs that use the library; the service takes its own from settings.py, which has the same
+    retry_schedule=(5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400),
+    disable_after=5 * 86400,
+    lease=60,
+    timeout=15,
+    concurrency=256,
+    retention=30 * 86400,
+    max_payload=256 * 1024,
+)
+
+
 class Result(NamedTuple):
-    """What came of one attempt: an answer with a `status_code`, or an `error` without one."""
+    """The result of one attempt: an answer with a `status_code`, or an `error` without one."""
 
     started_at: datetime
     duration_ms: int
@@ -52,12 +64,17 @@ class Outcome(Enum):
 
 
 class Settlement(NamedTuple):
-    """Where an attempt leaves its delivery and its lane."""
+    """The whole decision after an attempt: whoever has it asks for no outcome."""
 
-    outcome: Outcome
-    status: str  # of the delivery
+    status: str  # of the delivery: succeeded, pending or failed
     next_attempt_at: datetime | None
     lane_opens_at: datetime | None  # None: at once
+    is_asked: bool  # by the endpoint, that the lane opens no earlier
+    counts_as_failure: bool  # of the endpoint
+    disables: bool  # the webhook, at once
+
+
+SUCCEEDED = Settlement("succeeded", None, None, is_asked=False, counts_as_failure=False, disables=False)
 
 
 def outcome_of(result: Result) -> Outcome:
@@ -83,19 +100,28 @@ def settle(
     """
     outcome = outcome_of(result)
     if outcome is Outcome.SUCCEEDED:
-        return Settlement(outcome, "succeeded", None, None)
+        return SUCCEEDED
     asked = min(result.retry_after, MAX_RETRY_AFTER) if result.retry_after else 0.0
-    opens = now + timedelta(seconds=max(asked, lane_backoff(failures + 1)))
-    if outcome is Outcome.GONE or attempts > len(schedule):
-        return Settlement(outcome, "failed", None, opens)
-    jitter = random.uniform(-1, 1) if spread is None else spread
-    wait = max(min(schedule[attempts - 1], MAX_STEP) * (1 + JITTER * jitter), asked)
-    again = now + timedelta(seconds=wait)
-    return Settlement(outcome, "pending", again, min(opens, again) if not asked else opens)
+    lane_opens_at = now + timedelta(seconds=max(asked, lane_backoff(failures + 1)))
+    status, next_attempt_at = "failed", None
+    if outcome is Outcome.FAILED and attempts <= len(schedule):
+        jitter = random.uniform(-1, 1) if spread is None else spread
+        wait = max(min(schedule[attempts - 1], MAX_STEP) * (1 + JITTER * jitter), asked)
+        status, next_attempt_at = "pending", now + timedelta(seconds=wait)
+        if not asked:
+            lane_opens_at = min(lane_opens_at, next_attempt_at)
+    return Settlement(
+        status,
+        next_attempt_at,
+        lane_opens_at,
+        is_asked=bool(asked),
+        counts_as_failure=True,
+        disables=outcome is Outcome.GONE,
+    )
 
 
 def is_schedule(steps: Sequence[object]) -> bool:
-    """Can these be the seconds before each retry?"""
+    """Tell whether these can be the seconds before each retry."""
     return all(isinstance(step, int | float) and 0 <= step <= MAX_STEP for step in steps)
 
 
@@ -105,14 +131,14 @@ def lane_backoff(failures: int) -> float:
 
 
 def lane_rest(sent: int, rate_limit: float) -> timedelta:
-    """How long a rate-limited lane rests after so many deliveries: a day at most."""
+    """The rest of a rate-limited lane after so many deliveries: a day at most."""
     return timedelta(seconds=min(sent / rate_limit, MAX_REST))
 
 
 def rest_after(rest: float, failures: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
     """Seconds that a lane, which would rest for `rest` more, still rests after a change of its webhook's settings.
 
-    They are `rate_limit`, `ordered` and `retry_schedule`. What the change does not concern goes on.
+    The settings are `rate_limit`, `ordered` and `retry_schedule`. A rest that the change does not concern goes on.
     """
     if before["ordered"] and not after["ordered"]:
         return 0.0
@@ -129,7 +155,7 @@ def rest_after(rest: float, failures: int, before: Mapping[str, Any], after: Map
 
 
 def lane_budget(failures: int, ordered: bool, rate_limit: float | None, free: int) -> int:
-    """How many deliveries a lane may send at once: half of the free slots; one while it fails or keeps order."""
+    """The deliveries that a lane may send at once: half of the free slots; 1 while it fails or keeps order."""
     if failures or ordered:
         return 1
     share = max(free // 2, 1)
@@ -137,5 +163,5 @@ def lane_budget(failures: int, ordered: bool, rate_limit: float | None, free: in
 
 
 def burst(rate_limit: float) -> int:
-    """How many deliveries a rate-limited lane sends before it rests: a tenth of a second's worth."""
+    """The number of deliveries that a rate-limited lane sends before it rests: a tenth of a second's worth."""
     return max(1, round(rate_limit / 10))

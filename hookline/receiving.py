@@ -1,4 +1,4 @@
-"""A receiver of deliveries for trying things out: it prints each one, and whether its signature holds."""
+"""A receiver for trying deliveries out: it prints each delivery, and whether its signature holds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from aiohttp import web
 from hookline import signing
 from hookline.errors import visible
 
-LARGEST = 16 * 1024**2  # bytes of a body
+MAX_BODY = 16 * 1024**2  # bytes
 
 Show = Callable[[str], None]
 
 
 def run(listener: socket.socket, status: int, secret: str, show: Show) -> None:
-    """Answer every POST with `status`, until SIGINT or SIGTERM. Raises what `show` raises, OSError: nobody sees it."""
+    """Answer every POST with `status`, until SIGINT or SIGTERM. Raises the OSError of `show` if its output has gone."""
     failures: list[OSError] = []
 
     async def receive(request: web.Request) -> web.Response:
@@ -35,10 +35,10 @@ def run(listener: socket.socket, status: int, secret: str, show: Show) -> None:
             signal.raise_signal(signal.SIGINT)
         return web.Response(status=status)
 
-    faults = logging.getLogger("aiohttp.server")
-    faults.addHandler(Faults(show))
-    faults.propagate = False
-    application = web.Application(client_max_size=LARGEST)
+    log = logging.getLogger("aiohttp.server")
+    log.addHandler(Faults(show))
+    log.propagate = False
+    application = web.Application(client_max_size=MAX_BODY)
     application.router.add_post("/{path:.*}", receive)
     web.run_app(application, sock=listener, print=None, access_log=None)
     if failures:
@@ -46,7 +46,7 @@ def run(listener: socket.socket, status: int, secret: str, show: Show) -> None:
 
 
 class Faults(logging.Handler):
-    """Shows a request that is not clean HTTP as one line: aiohttp logs a traceback with what it held."""
+    """Shows a request that is not clean HTTP as one line: aiohttp would log a traceback with its content."""
 
     def __init__(self, show: Show) -> None:
         super().__init__(logging.ERROR)

@@ -97,7 +97,7 @@ def url_shape_problem(url: Any) -> str | None:
     if match is None:
         if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
             return "must start with http:// or https://"
-        return "must have a host, and after it at most a colon and a port"
+        return "must have a host, and only a port number may follow its colon"
     if not (url.isascii() and url.isprintable() and " " not in url) and NOT_IN_A_URL.search(url):
         return text_problem(url) or "must not contain spaces or control characters"
     host, port = match[2], match[3]

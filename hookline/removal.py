@@ -1,16 +1,13 @@
-"""What goes before a webhook is deleted: its deliveries, in short steps, so that no writer is held up by many of them.
+"""Removal: a webhook's deliveries are deleted before it, in short steps, so that they hold up no writer.
 
-The webhook is disabled first, so that nothing is sent any more. Who is cut off in the middle deletes it again.
+The webhook is disabled first, so that nothing is sent any more. If the removal is cut off, the caller deletes it again.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
-
 from peewee import Database
 
-from hookline import clock
+from hookline import clock, steps
 from hookline.store import locks, sql
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
@@ -20,46 +17,48 @@ BATCH = 500  # deliveries deleted in one unit of work
 REASON = "it is being deleted"
 
 
-def is_large(db: Database, webhook_id: str) -> bool:
-    """Has it more deliveries than one step deletes? Raises Unavailable."""
-    found = (
-        f"SELECT delivery_id FROM deliveries WHERE webhook_id = {db.param} ORDER BY delivery_id LIMIT 1 OFFSET {BATCH}"
-    )
-    with connected(db):
-        return db.execute_sql(found, (webhook_id,)).fetchone() is not None
-
-
-def close(db: Database, webhook_id: str) -> None:
-    """Disable it, if it is not. Raises Unavailable."""
-    disable = f"enabled = FALSE, disabled_at = {sql.moment(db)}, disabled_reason = {db.param}"
-    with transaction(db):
-        given = (stored_time(clock.now()), REASON, webhook_id)
-        db.execute_sql(f"UPDATE webhooks SET {disable} WHERE enabled AND webhook_id = {db.param}", given)
-
-
-def step(db: Database, webhook_id: str) -> bool:
-    """Delete the next of its deliveries, with their attempts; are there perhaps more? Raises Unavailable."""
-    oldest = f"SELECT delivery_id FROM deliveries WHERE webhook_id = {db.param} ORDER BY delivery_id LIMIT {BATCH}"
-    with transaction(db):
-        locks.lock_webhooks(db, [webhook_id])
-        cursor = db.execute_sql(f"DELETE FROM deliveries WHERE delivery_id IN ({oldest})", (webhook_id,))
-        return int(cursor.rowcount) == BATCH
-
-
 def delete_deliveries(db: Database, webhook_id: str) -> None:
-    """Delete its deliveries, if there are many. Raises Unavailable."""
-    if is_large(db, webhook_id):
-        close(db, webhook_id)
-        while step(db, webhook_id):
-            time.sleep(0)  # so that who waits for the writer gets it
+    """Delete the deliveries of a webhook, if there are many. Raises Unavailable."""
+    steps.run(db, _work(webhook_id))
 
 
 async def delete_deliveries_beside(storage: Storage, webhook_id: str) -> None:
-    """The same, and rests as long as each step took, for the writers. Raises Unavailable."""
-    if await storage.read(is_large, webhook_id):
-        await storage.write(close, webhook_id)
-        loop, more = asyncio.get_running_loop(), True
-        while more:
-            began = loop.time()
-            more = await storage.write(step, webhook_id)
-            await asyncio.sleep(loop.time() - began)
+    """Like `delete_deliveries`, with rests between the steps, for other writers. Raises Unavailable."""
+    await steps.run_beside(storage, _work(webhook_id))
+
+
+def _work(webhook_id: str) -> steps.Work[None]:
+    if not (yield steps.look(is_large, webhook_id)):
+        return
+    yield steps.write(disable, webhook_id)
+    while (yield steps.write(delete_oldest, webhook_id)) == BATCH:
+        pass
+
+
+def is_large(db: Database, webhook_id: str) -> bool:
+    """Does it have more deliveries than one step deletes? Raises Unavailable."""
+    statement = f"""
+        SELECT delivery_id FROM deliveries WHERE webhook_id = {sql.param(db, "webhook_id")}
+        ORDER BY delivery_id LIMIT 1 OFFSET {BATCH}"""
+    with connected(db):
+        return db.execute_sql(statement, {"webhook_id": webhook_id}).fetchone() is not None
+
+
+def disable(db: Database, webhook_id: str) -> None:
+    """Disable it, unless it is disabled. Raises Unavailable."""
+    statement = f"""
+        UPDATE webhooks SET enabled = FALSE, disabled_at = {sql.time(db, "now")}, disabled_reason = '{REASON}'
+        WHERE enabled AND webhook_id = {sql.param(db, "webhook_id")}"""
+    with transaction(db):
+        db.execute_sql(statement, {"now": stored_time(clock.now()), "webhook_id": webhook_id})
+
+
+def delete_oldest(db: Database, webhook_id: str) -> int:
+    """Delete its oldest deliveries with their attempts, BATCH at most; returns how many. Raises Unavailable."""
+    statement = f"""
+        DELETE FROM deliveries WHERE delivery_id IN (
+            SELECT delivery_id FROM deliveries WHERE webhook_id = {sql.param(db, "webhook_id")}
+            ORDER BY delivery_id LIMIT {BATCH})"""
+    with transaction(db):
+        locks.lock_webhooks(db, [webhook_id])
+        return int(db.execute_sql(statement, {"webhook_id": webhook_id}).rowcount)

@@ -1,8 +1,8 @@
-"""Replays: delivering again what a webhook missed. Each is a row, which workers carry out in short steps.
+"""Replays: deliver again what a webhook missed. Each replay is a row, which workers carry out in short steps.
 
 A replay goes through its events in the order of time. `find` looks at the next 500 or more, outside the writer, until
-it has found something; `record` makes that due and moves the cursor, if it is still where `find` saw it. So a kill in
-the middle loses and repeats nothing, and of two workers at the same step one changes nothing.
+it has found something; `record` makes that due and moves the cursor, if it is still where `find` saw it. So a process
+that is killed loses and repeats nothing, and of two workers at the same step one changes nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from uuid_utils import uuid7
 
 from hookline import clock, deliveries, lanes
 from hookline.errors import Conflict, NotFound, Unavailable
-from hookline.missed import WANTED, Position, Window, look, webhook_of
+from hookline.history import Position
+from hookline.missed import WANTED, Window, look, webhook_of
 from hookline.store import locks, sql
 from hookline.store.storage import Storage
 from hookline.store.units import connected, transaction
@@ -30,12 +30,13 @@ log = logging.getLogger("hookline")
 WINDOWS_IN_A_STEP = 20  # looked at before the cursor moves, while nothing is found
 AT_ONCE = 100  # replays that workers carry out in turns
 POLL = 1.0  # seconds between looks for replays
+BY_DISABLING = "the webhook was disabled"
 
 Row = dict[str, Any]
 
 
 class Step(NamedTuple):
-    """What `find` gives to `record`."""
+    """The next step of a replay: `find` makes it, `record` carries it out."""
 
     replay_id: str
     webhook_id: str
@@ -75,10 +76,10 @@ def get(db: Database, replay_id: str) -> Row:
     Raises NotFound, Unavailable.
     """
     with connected(db):
-        found = list(Replay.select().where(Replay.replay_id == replay_id).dicts().bind(db).execute())
-    if not found:
+        rows = list(Replay.select().where(Replay.replay_id == replay_id).dicts().bind(db).execute())
+    if not rows:
         raise NotFound("Replay not found")
-    return _shown(found[0])
+    return _shown(rows[0])
 
 
 def page(
@@ -104,7 +105,7 @@ def page(
 def cancel(db: Database, replay_id: str) -> Row:
     """End a replay where it is; what it made due stays so. Raises NotFound, Conflict (it has ended), Unavailable."""
     with transaction(db):
-        if not _end(db, replay_id, "cancelled by request"):
+        if not _end(db, replay_id, deliveries.BY_REQUEST):
             raise Conflict(f"this replay is {get(db, replay_id)['state']} already")
         return get(db, replay_id)
 
@@ -112,18 +113,18 @@ def cancel(db: Database, replay_id: str) -> Row:
 async def carry_out(storage: Storage, poll: float = POLL) -> None:
     """Carry out the replays that run, a step of each in turn, until cancelled."""
     while True:
-        if not await _round(storage):
+        if not await carry_out_steps(storage):
             await asyncio.sleep(poll)
 
 
-async def _round(storage: Storage) -> bool:
-    """A step of each replay, and rests as long as each took, for the writers. Did any go on?
+async def carry_out_steps(storage: Storage) -> bool:
+    """Carry out a step of each replay that runs, resting after each as long as it took. Did any of them go on?
 
-    If not there is none, the database cannot be used, or other workers are at the same steps: leave them to it.
+    If not there is none, the database cannot be used, or other workers are at the same steps.
     """
     try:
         ids, went_on = await storage.read(running), False
-    except Unavailable:  # the worker says so
+    except Unavailable:  # the worker logs it
         return False
     except Exception:  # whatever it is, the next round comes
         log.exception("looking for replays failed")
@@ -154,8 +155,8 @@ def find(db: Database, replay_id: str) -> Step | None:
     """The next step of a replay; None if it has ended. Changes nothing. Raises Unavailable."""
     select = Replay.select().where(Replay.replay_id == replay_id, Replay.state == "running")
     with sql.reading(db):
-        found = list(select.dicts().bind(db).execute())
-        return _next_step(db, found[0]) if found else None
+        rows = list(select.dicts().bind(db).execute())
+        return _next_step(db, rows[0]) if rows else None
 
 
 def _next_step(db: Database, replay: Row) -> Step | None:
@@ -171,9 +172,15 @@ def _next_step(db: Database, replay: Row) -> Step | None:
         after = window.after
         if after is None or window.missing or window.ended:
             break
-    last = after or (stored_time(replay["until"]), "")
-    ids = (replay["replay_id"], replay["webhook"], replay["statuses"], replay["cursor"])
-    return Step(*ids, json.dumps(last), after is None, window)
+    return Step(
+        replay_id=replay["replay_id"],
+        webhook_id=replay["webhook"],
+        statuses=replay["statuses"],
+        cursor=replay["cursor"],
+        next_cursor=json.dumps(after or (stored_time(replay["until"]), "")),
+        done=after is None,
+        window=window,
+    )
 
 
 def record(db: Database, step: Step) -> bool:
@@ -186,25 +193,25 @@ def record(db: Database, step: Step) -> bool:
         locks.limit_lock_waits(db)
         sql.plan_anew(db)
         locks.lock_webhooks(db, [step.webhook_id])
-        select = f"SELECT enabled, ordered FROM webhooks WHERE webhook_id = {db.param}"
-        webhook = db.execute_sql(select, (step.webhook_id,)).fetchone()
+        select = f"SELECT enabled FROM webhooks WHERE webhook_id = {sql.param(db, 'webhook_id')}"
+        webhook = db.execute_sql(select, {"webhook_id": step.webhook_id}).fetchone()
         if webhook is None:
             return False
-        if not webhook[0]:
-            _end(db, step.replay_id, "the webhook was disabled")
+        (enabled,) = webhook
+        if not enabled:
+            _end(db, step.replay_id, BY_DISABLING)
             return False
-        if not _move(db, step):
+        if not _move_cursor(db, step):
             return False
         now = stored_time(clock.now())
-        due = lanes.next_attempt_at(webhook[1], now)
-        made = deliveries.restart(db, step.window.ended, WANTED[step.statuses], due)
-        made += _insert(db, step.webhook_id, step.window.missing, due, now)
-        if made:
-            _count(db, step, made)
+        restarted = deliveries.restart(db, step.window.ended, WANTED[step.statuses], now)
+        inserted = deliveries.insert(db, step.webhook_id, step.window.missing, now)
+        if restarted or inserted:
+            _count(db, step, len(restarted) + len(inserted))
     return True
 
 
-def _move(db: Database, step: Step) -> bool:
+def _move_cursor(db: Database, step: Step) -> bool:
     """Move the cursor, if it is where it was read; the row is ours from here on."""
     values: Row = {"cursor": step.next_cursor}
     if step.done:
@@ -213,26 +220,13 @@ def _move(db: Database, step: Step) -> bool:
     return bool(Replay.update(values).where(*here).execute(db))
 
 
-def _insert(db: Database, webhook_id: str, event_ids: Sequence[str], due: str, now: str) -> list[int]:
-    """Insert deliveries of these events, unless there are some by now; returns their ids."""
-    if not event_ids:
-        return []
-    moment = sql.moment(db)
-    statement = f"""
-        INSERT INTO deliveries (webhook_id, event_id, leased, next_attempt_at, created_at)
-        SELECT {db.param}, e.event_id, FALSE, {moment}, {moment}
-        FROM {sql.rows(db, "id")} CROSS JOIN events e WHERE e.event_id = given.id
-        ORDER BY e.created_at, e.event_id
-        ON CONFLICT (event_id, webhook_id) DO NOTHING RETURNING delivery_id"""
-    rows = db.execute_sql(statement, (webhook_id, due, now, sql.ids(event_ids))).fetchall()
-    return [delivery_id for (delivery_id,) in rows]
-
-
-def _count(db: Database, step: Step, made: Sequence[int]) -> None:
+def _count(db: Database, step: Step, made: int) -> None:
     """Add what was made due to the count, and open the lane; one that rests is opened by the first step alone."""
-    add = f"UPDATE replays SET deliveries = deliveries + {len(made)} WHERE replay_id = {db.param} RETURNING deliveries"
-    (total,) = db.execute_sql(add, (step.replay_id,)).fetchone()
-    lanes.open_lanes(db, [step.webhook_id], now=total == len(made))
+    add = f"""
+        UPDATE replays SET deliveries = deliveries + {made} WHERE replay_id = {sql.param(db, "replay_id")}
+        RETURNING deliveries"""
+    (total,) = db.execute_sql(add, {"replay_id": step.replay_id}).fetchone()
+    lanes.open_lanes(db, [step.webhook_id], now=total == made)
 
 
 def _end(db: Database, replay_id: str, reason: str) -> bool:

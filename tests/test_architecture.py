@@ -1,4 +1,4 @@
-"""The arrows of the design: app, manage → web → hookline → models → peewee."""
+"""The arrows of the design, by path: app, manage → web → hookline → models → peewee; and the sizes of its parts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 
 from tests.conftest import ROOT
 
-OURS = {"app", "assembly", "manage", "settings", "models", "hookline", "web"}
+OURS = {"app", "assembly", "manage", "commands", "settings", "models", "hookline", "web"}
 MAY_IMPORT = {
     "app": {"assembly", "web", "hookline", "models", "settings"},
-    "manage": {"assembly", "hookline", "models", "settings"},
+    "manage": {"commands"},
+    "commands": {"commands", "assembly", "hookline", "models", "settings"},
     "assembly": {"hookline", "models", "settings"},
     "web": {"web", "hookline"},
     "hookline": {"hookline", "models"},
@@ -20,32 +21,78 @@ MAY_IMPORT = {
     "settings": set(),
 }
 FOREIGN_TO_THE_DOMAIN = {"starlette", "uvicorn", "click", "jinja2", "dotenv", "argparse", "pydantic"}
-PURE = {"policy", "signing", "clock", "errors"}
+PURE = ("hookline/policy.py", "hookline/clock.py", "hookline/errors.py")
+OF_THE_STORE = ("hookline.store", "hookline.errors")
+ASSEMBLE_A_WORKER = ("app.py", "assembly.py", "hookline/manager.py", "hookline/worker/")
 MODULES = sorted(path for name in OURS for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")])
+NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
+MAX_FUNCTION, MAX_CLASS, MAX_FILE = 40, 250, 350  # lines
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    """The modules and names that this file imports, also inside its functions."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_one_way(path: Path) -> None:
-    package = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    roots = {name.partition(".")[0] for name in imports(path)}
-    assert roots & OURS <= MAY_IMPORT[package]
+def roots(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def imports_from(name: str, *packages: str) -> set[str]:
+    """What the file of this name imports from these packages."""
+    return {
+        imported
+        for imported in imports(ROOT / name)
+        if any(f"{imported}.".startswith(f"{package}.") for package in packages)
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_point_one_way(name: str) -> None:
+    package = name.partition("/")[0].removesuffix(".py")
+    assert roots(ROOT / name) & OURS <= MAY_IMPORT[package]
     if package in ("hookline", "models"):
-        assert not roots & FOREIGN_TO_THE_DOMAIN
+        assert not roots(ROOT / name) & FOREIGN_TO_THE_DOMAIN
     if package == "web":
-        assert not roots & {"peewee", "playhouse", "sqlite3", "click"}
-    if package == "hookline" and path.stem in PURE:
-        assert not roots & OURS
-    assert len(path.read_text().splitlines()) <= 410
+        assert not roots(ROOT / name) & {"peewee", "playhouse", "sqlite3", "click"}
+        assert not imports_from(name, "hookline.tables")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("hookline/store/")])
+def test_the_store_knows_nothing_of_webhooks(name: str) -> None:
+    also = ("hookline.tables",) if name.endswith("/schema.py") else ()
+    assert imports_from(name, "hookline") <= imports_from(name, *OF_THE_STORE, *also)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(ASSEMBLE_A_WORKER)])
+def test_only_what_assembles_knows_the_worker(name: str) -> None:
+    assert not imports_from(name, "hookline.worker")
+
+
+def test_lanes_are_below_publishing() -> None:
+    assert not imports_from("hookline/lanes.py", "hookline.events", "hookline.worker")
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_what_decides_is_pure(name: str) -> None:
+    assert not imports_from(name, "hookline", "models", "peewee")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_part_is_too_large(name: str) -> None:
+    text = (ROOT / name).read_text()
+    sizes = {name: len(text.splitlines())}
+    assert sizes[name] <= MAX_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            size = (node.end_lineno or 0) - node.lineno + 1
+            assert size <= (MAX_CLASS if isinstance(node, ast.ClassDef) else MAX_FUNCTION), node.name
 
 
 def test_only_settings_reads_the_environment() -> None:
@@ -55,4 +102,4 @@ def test_only_settings_reads_the_environment() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "migrations").glob("*.py")), ids=lambda path: path.name)
 def test_migrations_use_peewee_alone(path: Path) -> None:
-    assert not {name.partition(".")[0] for name in imports(path)} & OURS
+    assert not roots(path) & OURS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,28 +13,28 @@ from hookline import WebhookManager, clock, deliveries, history, lanes, policy
 from hookline.errors import Conflict, NotFound
 from hookline.events import Published
 from hookline.lanes import Slots
-from hookline.policy import Result, Rules
+from hookline.policy import DEFAULT, Result
 from hookline.store import sql
-from hookline.worker import claiming, settling
+from hookline.worker import settling
 from hookline.worker.jobs import Settled
 from models import stored_time
 from tests.conftest import SECRET
 from tests.outlets import outlet
+from tests.working import claim_up_to
 
 URL = "http://example.com/"
 Row = dict[str, Any]
 
 
 def the_one(db: Database) -> Row:
-    (found,) = deliveries.page(db)
-    return found
+    (row,) = deliveries.page(db)
+    return row
 
 
-def attempt(db: Database, status_code: int = 500, rules: Rules | None = None) -> list[int]:
+def attempt(db: Database, status_code: int = 500, schedule: Sequence[float] = DEFAULT.retry_schedule) -> list[int]:
     """Claim what is due and settle it as if the endpoint had answered so; returns the ids."""
-    chosen = rules or Rules()
     with db.connection_context(), db.atomic():
-        jobs = claiming.claim(db, chosen, 100, {}, [])
+        jobs = claim_up_to(db, 100)
         settled = []
         for job in jobs:
             result = Result(
@@ -42,8 +43,8 @@ def attempt(db: Database, status_code: int = 500, rules: Rules | None = None) ->
             settlement = policy.settle(
                 result,
                 attempts=job.attempts + 1,
-                failures=job.failures,
-                schedule=chosen.retry_schedule,
+                failures=job.lane.failures,
+                schedule=schedule,
                 now=clock.now(),
             )
             settled.append(Settled(job, result, settlement))
@@ -90,8 +91,8 @@ def test_order_and_rate_limits_are_named(db: Database, manager: WebhookManager, 
 
 
 def the_pending(db: Database) -> Row:
-    (found,) = deliveries.page(db, status="pending")
-    return found
+    (row,) = deliveries.page(db, status="pending")
+    return row
 
 
 def test_the_log_is_filtered_and_paged(db: Database, manager: WebhookManager, webhook_id: str) -> None:
@@ -102,19 +103,19 @@ def test_the_log_is_filtered_and_paged(db: Database, manager: WebhookManager, we
     assert len(deliveries.page(db, status="succeeded")) == 0
     first = deliveries.page(db, limit=4)
     rest = deliveries.page(db, limit=50, before=first[-1]["delivery_id"])
-    assert [one["delivery_id"] for one in first + rest] == list(range(10, 0, -1))
-    assert {one["webhook_id"] for one in deliveries.page(db, event_id=first[0]["event_id"])} == {webhook_id, other}
+    assert [row["delivery_id"] for row in first + rest] == list(range(10, 0, -1))
+    assert {row["webhook_id"] for row in deliveries.page(db, event_id=first[0]["event_id"])} == {webhook_id, other}
 
 
 def test_retrying_one_that_failed_starts_its_schedule_anew(db: Database, published: Published) -> None:
-    attempt(db, 500, Rules(retry_schedule=()))
+    attempt(db, 500, schedule=())
     failed = the_one(db)
     assert (failed["status"], failed["reason"]) == ("failed", "answered 500")
-    again = deliveries.retry(db, failed["delivery_id"])
-    assert (again["status"], again["waiting_for"]) == ("pending", "its turn")
+    retried = deliveries.retry(db, failed["delivery_id"])
+    assert (retried["status"], retried["waiting_for"]) == ("pending", "its turn")
     assert attempt(db, 200) == [failed["delivery_id"]]
     log = deliveries.get(db, failed["delivery_id"])["attempt_log"]
-    assert [(one["number"], one["status_code"]) for one in log] == [(1, 500), (2, 200)]
+    assert [(row["number"], row["status_code"]) for row in log] == [(1, 500), (2, 200)]
 
 
 def test_retrying_one_that_backs_off_makes_it_due_now(db: Database, published: Published) -> None:
@@ -132,14 +133,14 @@ def test_a_cancelled_delivery_is_not_made_and_says_why(db: Database, published: 
     with pytest.raises(Conflict, match="cancelled already"):
         deliveries.cancel(db, delivery_id)
     with db.connection_context():
-        due = f"UPDATE lanes SET due_at = {sql.moment(db)}, open_at = NULL"  # even if its lane came due
-        db.execute_sql(due, (stored_time(clock.now()),))
+        due = f"UPDATE lanes SET due_at = {sql.time(db, 'now')}, open_at = NULL"  # even if its lane came due
+        db.execute_sql(due, {"now": stored_time(clock.now())})
     assert attempt(db) == []
 
 
 def test_a_cancelled_delivery_that_arrives_all_the_same_has_succeeded(db: Database, published: Published) -> None:
     with db.connection_context(), db.atomic():
-        (job,) = claiming.claim(db, Rules(), 10, {}, [])
+        (job,) = claim_up_to(db, 10)
     deliveries.cancel(db, job.delivery_id)
     result = Result(clock.now(), 7, 200, None, "ok")
     settlement = policy.settle(result, attempts=1, failures=0, schedule=(), now=clock.now())
@@ -150,7 +151,7 @@ def test_a_cancelled_delivery_that_arrives_all_the_same_has_succeeded(db: Databa
 
 def test_a_result_that_comes_twice_is_recorded_once(db: Database, published: Published) -> None:
     with db.connection_context(), db.atomic():
-        (job,) = claiming.claim(db, Rules(), 10, {}, [])
+        (job,) = claim_up_to(db, 10)
     result = Result(clock.now(), 7, 500, "answered 500", None)
     settled = Settled(job, result, policy.settle(result, attempts=1, failures=0, schedule=(5,), now=clock.now()))
     for _ in range(2):
@@ -183,8 +184,8 @@ def test_explain_says_for_each_webhook_why(db: Database, manager: WebhookManager
     published = manager.send_event("goal", {"team": "ne"})
     names[manager.register(URL, ["goal"], SECRET)] = "changed since: it would match today"
     explained = history.explain(db, published.event_id)
-    assert {one["webhook_id"]: one["reason"] for one in explained} == names
-    assert [one["matched"] for one in explained] == [name == "matched" for _, name in sorted(names.items())]
+    assert {row["webhook_id"]: row["reason"] for row in explained} == names
+    assert [row["matched"] for row in explained] == [name == "matched" for _, name in sorted(names.items())]
     rest = history.explain(db, published.event_id, after=explained[1]["webhook_id"], limit=3)
     assert rest == explained[2:5]
 
@@ -194,7 +195,7 @@ def test_an_event_shows_its_data_and_how_its_deliveries_fare(db: Database, publi
     event = history.get(db, published.event_id)
     assert event["data"]["n"] == 1
     assert event["deliveries"] == {"pending": 0, "succeeded": 1, "failed": 0, "cancelled": 0}
-    assert [(one["event_id"], one["deliveries"]) for one in history.page(db)] == [(published.event_id, 1)]
+    assert [(row["event_id"], row["deliveries"]) for row in history.page(db)] == [(published.event_id, 1)]
 
 
 def test_a_test_event_goes_to_one_webhook_alone(db: Database, manager: WebhookManager, webhook_id: str) -> None:

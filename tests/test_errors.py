@@ -1,4 +1,4 @@
-"""What strangers wrote is shown without what a terminal would obey."""
+"""Text that strangers wrote is shown without anything that a terminal would obey."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from hookline import WebhookManager, clock, deliveries, events, history, lanes
 from hookline.errors import Conflict, Invalid, TooLarge
 from hookline.events import NewEvent, Published
 from hookline.lanes import Slots
+from models import Event
 from tests.conftest import SECRET, recorded
 from tests.databases import plan, read_whole
 from tests.outlets import outlet
@@ -28,7 +29,7 @@ def delivered_to(db: Database, published: Published) -> set[str]:
 
 def payload(db: Database, event_id: str) -> str:
     with db.connection_context():
-        return str(db.execute_sql(f"SELECT payload FROM events WHERE event_id = {db.param}", (event_id,)).fetchone()[0])
+        return str(Event.select(Event.payload).where(Event.event_id == event_id).scalar(db))
 
 
 def lane_ids(db: Database) -> list[str]:
@@ -98,7 +99,7 @@ def test_publishing_in_the_callers_transaction_is_both_or_neither(manager: Webho
     assert [event["event_id"] for event in history.page(db)] == [published.event_id]
     (delivery,) = deliveries.page(db)
     assert delivery["event_id"] == published.event_id
-    assert [[one for one, _ in leased] for leased in woken] == [[delivery["delivery_id"]]]
+    assert [[delivery_id for delivery_id, _ in leased] for leased in woken] == [[delivery["delivery_id"]]]
 
 
 def test_the_same_key_and_content_give_the_first_answer_again(db: Database, manager: WebhookManager) -> None:

@@ -15,7 +15,7 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, events, lanes, policy
 from hookline.events import NewEvent
 from hookline.lanes import Slots
-from hookline.policy import Result, Rules
+from hookline.policy import Result
 from hookline.store.postgres import write_now
 from hookline.transfer import json_file
 from hookline.worker import claiming, settling
@@ -24,6 +24,7 @@ from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET, only_sqlite
 from tests.databases import plan, read_whole
 from tests.outlets import outlet
+from tests.working import claim_up_to
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
 DAY = 86400.0
@@ -51,12 +52,12 @@ def publish(db: Database, count: int = 1) -> None:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, Rules(), 100, {}, [])
+    return write_now(db, claim_up_to, 100)
 
 
 def settled(job: Job, status_code: int, retry_after: float | None = None, wait: float = DAY) -> Settled:
     result = Result(clock.now(), 5, status_code, None, "said", retry_after)
-    decided = policy.settle(result, attempts=1, failures=job.failures, schedule=(wait,), now=clock.now(), spread=0)
+    decided = policy.settle(result, attempts=1, failures=job.lane.failures, schedule=(wait,), now=clock.now(), spread=0)
     return Settled(job, result, decided)
 
 
@@ -73,11 +74,11 @@ def opens(db: Database, webhook_id: str) -> float:
 
 def sent(db: Database) -> list[int]:
     """The deliveries that are sent now, all of them successfully."""
-    found: list[int] = []
+    delivery_ids: list[int] = []
     while jobs := claim(db):
         settle(db, *(settled(job, 200) for job in jobs))
-        found += [job.delivery_id for job in jobs]
-    return found
+        delivery_ids += [job.delivery_id for job in jobs]
+    return delivery_ids
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_higher_rate_limit_opens_a_lane_that_rests_by_the_old_one(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_a_rate_limit_that_is_removed_during_an_attempt_does_not_rest_the_lane_when_that_ends(
+def test_a_rate_limit_removed_during_an_attempt_does_not_rest_the_lane_after_it(
     db: Database, manager: WebhookManager, webhook_id: str, ordered: bool
 ) -> None:
     manager.update(webhook_id, {"rate_limit": 0.0001, "ordered": ordered})
@@ -119,7 +120,7 @@ def test_a_rate_limit_that_is_removed_during_an_attempt_does_not_rest_the_lane_w
     assert len(sent(db)) == 1
 
 
-def test_a_failing_endpoint_rests_no_longer_than_its_back_off_once_the_rate_limit_is_gone(
+def test_without_its_rate_limit_a_failing_endpoint_rests_for_its_back_off_alone(
     db: Database, manager: WebhookManager, webhook_id: str
 ) -> None:
     manager.update(webhook_id, {"rate_limit": 0.0001, "ordered": True})
@@ -210,7 +211,7 @@ def test_strict_order_that_ends_during_an_attempt_sends_nothing_twice(
     assert claim(db) == []
     settle(db, settled(job, 200))
     assert len(sent(db)) == 2
-    assert {one["attempts"] for one in deliveries.page(db)} == {1}
+    assert {row["attempts"] for row in deliveries.page(db)} == {1}
 
 
 def test_what_fails_as_strict_order_ends_waits_for_its_next_attempt_alone(
@@ -244,7 +245,7 @@ def test_cancelling_the_head_of_an_ordered_lane_lets_the_next_one_go_at_once(
     publish(db, 3)
     (head,) = claim(db)
     settle(db, settled(head, 500))
-    third, second, first = [one["delivery_id"] for one in deliveries.page(db)]
+    third, second, first = [row["delivery_id"] for row in deliveries.page(db)]
     assert head.delivery_id == first
     deliveries.cancel(db, third)
     assert claim(db) == []  # it is not the one that the lane waits for
@@ -277,7 +278,7 @@ def test_retry_after_is_not_undone_by_what_was_under_way(
     publish(db, 4)
     first, second, third = claim(db)[:3]
     results = [settled(first, 500), settled(second, 429, retry_after=3600), settled(third, later)]
-    for batch in [results] if together else [[one] for one in results]:
+    for batch in [results] if together else [[result] for result in results]:
         settle(db, *batch)
     assert opens(db, webhook_id) == pytest.approx(3600)
 
@@ -293,9 +294,9 @@ def test_retry_after_is_not_undone_by_the_attempt_for_which_the_lane_was_closed(
     after(6)
     publish(db, 2)
     (probe,) = claim(db)
-    assert probe.exclusive
+    assert probe.is_exclusive
     results = [settled(second, 429, retry_after=3600), settled(probe, status_code)]
-    for batch in [results] if together else [[one] for one in results]:
+    for batch in [results] if together else [[result] for result in results]:
         settle(db, *batch)
     assert opens(db, webhook_id) == pytest.approx(3600)
 
@@ -374,7 +375,7 @@ def count_one(counted: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("change", "enabled"), [({"url": "http://new/"}, True), ({"team": None}, False)])
-def test_a_410_of_the_endpoint_that_was_replaced_meanwhile_does_not_disable_the_new_one(
+def test_a_410_of_the_endpoint_before_does_not_disable_the_new_one(
     db: Database, manager: WebhookManager, webhook_id: str, change: dict[str, Any], enabled: bool
 ) -> None:
     publish(db)
@@ -398,7 +399,7 @@ def test_a_new_endpoint_is_not_disabled_for_how_long_the_one_before_it_failed(
     assert manager.get(webhook_id)["enabled"]
 
 
-def test_what_the_lane_was_closed_for_says_more_of_it_than_a_failure_that_was_begun_before(
+def test_the_attempt_that_closed_the_lane_outweighs_a_failure_begun_before_it(
     db: Database, webhook_id: str, after: Callable[[float], None]
 ) -> None:
     publish(db, 4)
@@ -407,6 +408,6 @@ def test_what_the_lane_was_closed_for_says_more_of_it_than_a_failure_that_was_be
     publish(db)
     after(policy.LANE_BACKOFF + 1)
     (probe,) = claim(db)
-    assert probe.exclusive and not before.exclusive
+    assert probe.is_exclusive and not before.is_exclusive
     settle(db, settled(probe, 200), settled(before, 500))
     assert opens(db, webhook_id) == 0

@@ -39,18 +39,18 @@ def disabled_event(db: Database, webhook_id: str) -> str:
 
 
 def reasons(db: Database, event_id: str) -> dict[str, str]:
-    return {one["webhook_id"]: one["reason"] for one in history.explain(db, event_id)}
+    return {row["webhook_id"]: row["reason"] for row in history.explain(db, event_id)}
 
 
 def test_a_customer_of_all_events_hears_of_nobody_elses_webhook(
     db: Database, manager: WebhookManager, named: str, star: str
 ) -> None:
     event_id = disabled_event(db, manager.register(URL, ["goal"], SECRET))
-    assert [one["webhook_id"] for one in deliveries.page(db, event_id=event_id)] == [named]
-    found = reasons(db, event_id)
-    assert (found[named], found[star]) == ("matched", "not subscribed")
-    assert [one["webhook_id"] for one in manager.list(event=DISABLED)] == [named]
-    assert {one["webhook_id"] for one in manager.list(event="goal")} >= {star}
+    assert [row["webhook_id"] for row in deliveries.page(db, event_id=event_id)] == [named]
+    shown = reasons(db, event_id)
+    assert (shown[named], shown[star]) == ("matched", "not subscribed")
+    assert [row["webhook_id"] for row in manager.list(event=DISABLED)] == [named]
+    assert {row["webhook_id"] for row in manager.list(event="goal")} >= {star}
 
 
 def test_a_replay_brings_a_customer_of_all_events_none_of_ours(
@@ -62,10 +62,10 @@ def test_a_replay_brings_a_customer_of_all_events_none_of_ours(
     events.publish_all(db, [NewEvent("goal", {}), NewEvent("Hookline.webhook.disabled", {"webhook_id": star})])
     manager.update(star, {"enabled": True})
     assert replayed(db, star, since) == 2
-    assert {one["event_type"] for one in deliveries.page(db, webhook_id=star)} == {"goal", "Hookline.webhook.disabled"}
+    assert {row["event_type"] for row in deliveries.page(db, webhook_id=star)} == {"goal", "Hookline.webhook.disabled"}
 
 
-def test_a_replay_after_an_update_brings_a_customer_of_all_events_no_webhook_disabled_of_the_release_before(
+def test_a_replay_brings_webhook_disabled_of_earlier_releases_only_to_who_named_it(
     db: Database, manager: WebhookManager, star: str
 ) -> None:
     since = clock.now() - timedelta(minutes=1)
@@ -88,7 +88,7 @@ def test_a_webhook_never_hears_of_itself_by_replay_neither(db: Database, manager
     of_another = disabled_event(db, manager.register(URL, ["goal"], SECRET))
     manager.update(named, {"enabled": True})
     assert replayed(db, named, since) == 1
-    assert [one["event_id"] for one in deliveries.page(db, webhook_id=named)] == [of_another]
+    assert [row["event_id"] for row in deliveries.page(db, webhook_id=named)] == [of_another]
     assert reasons(db, of_itself)[named] == "about this webhook"
 
 
@@ -97,7 +97,7 @@ def test_a_test_event_goes_to_its_webhook_and_to_nobody_by_replay(
 ) -> None:
     other = manager.register(URL, ["hookline.webhook.test"], SECRET)
     tested = manager.send_test(named)
-    assert [one["webhook_id"] for one in deliveries.page(db, event_id=tested.event_id)] == [named]
+    assert [row["webhook_id"] for row in deliveries.page(db, event_id=tested.event_id)] == [named]
     for webhook_id in (star, other):
         assert replayed(db, webhook_id, clock.now() - timedelta(minutes=1)) == 0
 

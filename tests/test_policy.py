@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookline import policy
-from hookline.policy import Outcome, Result, Rules, Settlement
+from hookline.policy import DEFAULT, Outcome, Result, Settlement
 
 NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
-SCHEDULE = Rules().retry_schedule
+SCHEDULE = DEFAULT.retry_schedule
 FAILED = Result(NOW, 10, 500, "answered 500")
 
 
@@ -62,14 +63,21 @@ def test_only_2xx_succeeds_and_only_410_is_gone(status_code: int | None, error: 
 def test_a_success_settles_at_once_whatever_the_count() -> None:
     for attempts in range(1, len(SCHEDULE) + 3):
         settlement = settle(Result(NOW, 10, 200, retry_after=60), attempts=attempts, failures=attempts)
-        assert settlement == (Outcome.SUCCEEDED, "succeeded", None, None)
+        assert settlement == Settlement(
+            status="succeeded",
+            next_attempt_at=None,
+            lane_opens_at=None,
+            is_asked=False,
+            counts_as_failure=False,
+            disables=False,
+        )
 
 
-def test_the_default_schedule_runs_over_3_days_until_the_delivery_is_finally_failed() -> None:
+def test_the_default_schedule_fails_a_delivery_after_over_3_days() -> None:
     lines, waits, attempts, failures, total = [], [], 1, 0, 0.0
     while (settlement := settle(attempts=attempts, failures=failures)).status == "pending":
         wait = seconds(settlement.next_attempt_at)
-        assert settlement.outcome is Outcome.FAILED and wait is not None
+        assert settlement.counts_as_failure and not settlement.disables and wait is not None
         waits.append(wait)
         total += wait
         lines.append(f"attempt {attempts:2} failed: again in {wait:7.0f} s, at {timedelta(seconds=total)}")
@@ -77,7 +85,9 @@ def test_the_default_schedule_runs_over_3_days_until_the_delivery_is_finally_fai
     print(*lines, f"attempt {attempts:2} failed: {settlement.status}", sep="\n")
     assert waits == [5, 30, 120, 600, 1800, 7200, 18000, 36000, 50400, 72000, 86400]
     assert attempts == 12
-    assert settlement[:3] == (Outcome.FAILED, "failed", None)
+    assert settlement == settlement._replace(
+        status="failed", next_attempt_at=None, counts_as_failure=True, disables=False
+    )
     assert timedelta(days=3) < timedelta(seconds=total) < timedelta(days=4)
 
 
@@ -127,7 +137,9 @@ def test_jitter_does_not_bring_the_attempt_before_what_the_endpoint_asked() -> N
 
 
 def test_retry_after_rests_the_whole_lane() -> None:
-    assert seconds(settle(Result(NOW, 10, 429, "answered 429", retry_after=900)).lane_opens_at) == 900
+    settlement = settle(Result(NOW, 10, 429, "answered 429", retry_after=900))
+    assert (seconds(settlement.lane_opens_at), settlement.is_asked) == (900, True)
+    assert not settle().is_asked
 
 
 def test_the_lane_is_open_when_the_delivery_is_due_again() -> None:
@@ -138,7 +150,9 @@ def test_the_lane_is_open_when_the_delivery_is_due_again() -> None:
 @pytest.mark.parametrize("attempts", [1, 5, 12])
 def test_410_is_final_and_gone(attempts: int) -> None:
     settlement = settle(Result(NOW, 10, 410, "answered 410", retry_after=60), attempts=attempts)
-    assert settlement[:3] == (Outcome.GONE, "failed", None)
+    assert settlement == settlement._replace(
+        status="failed", next_attempt_at=None, counts_as_failure=True, disables=True
+    )
 
 
 def test_a_final_failure_still_rests_the_lane() -> None:
@@ -202,6 +216,6 @@ def test_a_burst_is_a_tenth_of_a_seconds_worth_and_at_least_one(rate_limit: floa
     assert policy.burst(rate_limit) == burst
 
 
-@pytest.mark.parametrize(("concurrency", "share"), [(1, 1), (2, 1), (3, 1), (256, 128)])
-def test_one_webhook_may_have_half_of_the_requests_in_flight(concurrency: int, share: int) -> None:
-    assert Rules(concurrency=concurrency).share == share
+@pytest.mark.parametrize(("concurrency", "per_webhook"), [(1, 1), (2, 1), (3, 1), (256, 128)])
+def test_one_webhook_may_have_half_of_the_requests_in_flight(concurrency: int, per_webhook: int) -> None:
+    assert replace(DEFAULT, concurrency=concurrency).per_webhook == per_webhook

@@ -1,4 +1,4 @@
-"""What other users of the machine and readers of a log get to see: no secret. And where databases come to be."""
+"""Secrets stay out of logs and out of files that other users can read; databases are made only where intended."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def served(place: Place, receiver: Receiver) -> str:
             body = {"url": receiver.url + path, "events": ["a"], "secret": f"{MARK}-secret", "headers": {"X-Own": MARK}}
             webhook = server.client.post("/api/v1/webhooks", json=body)
             assert webhook.status_code == 201, webhook.text
-        one = f"/api/v1/webhooks/{webhook.json()['webhook_id']}"
-        rotated = server.client.post(f"{one}/rotate-secret", json={"secret": f"{MARK}-another-secret"})
+        path = f"/api/v1/webhooks/{webhook.json()['webhook_id']}"
+        rotated = server.client.post(f"{path}/rotate-secret", json={"secret": f"{MARK}-another-secret"})
         assert rotated.status_code == 200
-        assert server.client.patch(one, json={"headers": {"X-Own": f"{MARK}2"}}).status_code == 200
+        assert server.client.patch(path, json={"headers": {"X-Own": f"{MARK}2"}}).status_code == 200
         assert server.client.post("/api/v1/webhooks", json={"secret": MARK, "url": MARK}).status_code == 422
         published = {"event_type": "a", "data": {"text": MARK}}
         assert server.client.post("/api/v1/events", json=published).status_code == 202
@@ -84,8 +84,8 @@ def commands(place: Place, folder: Path) -> list[str]:
         manage(place, "migrate", "status", **DEBUG),
         manage(place, "purge", "--dry-run", **DEBUG),
     ]
-    assert [one.returncode for one in done] == [1, 0, 0, 0, 0, 1, 0, 0]
-    return [one.stdout + one.stderr for one in done]
+    assert [process.returncode for process in done] == [1, 0, 0, 0, 0, 1, 0, 0]
+    return [process.stdout + process.stderr for process in done]
 
 
 def worked(place: Place, receiver: Receiver) -> str:
@@ -134,8 +134,8 @@ def test_the_database_and_its_folders_are_their_owners_alone_from_the_first_byte
         manager.register("http://example.com/", ["a"], SECRET)
         with manager.db.connection_context():
             manager.db.execute_sql("SELECT 1 FROM webhooks")
-            found = modes(tmp_path / "new" / "data")
-        assert found == {"webhooks.db": "600", "webhooks.db-shm": "600", "webhooks.db-wal": "600"}
+            open_modes = modes(tmp_path / "new" / "data")
+        assert open_modes == {"webhooks.db": "600", "webhooks.db-shm": "600", "webhooks.db-wal": "600"}
         assert modes(tmp_path) == {"new": "700"}
         assert modes(tmp_path / "new") == {"data": "700"}
         manager.db.close_all()  # type: ignore[attr-defined]
@@ -163,8 +163,8 @@ def test_what_the_commands_write_is_their_users_alone(place: Place, tmp_path: Pa
         env = environment(DATABASE_URL=url)
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
-    found = modes(tmp_path)
-    assert {name: found[name] for name in ("back.json", "webhooks.json.backup", "copies", "migrated")} == {
+    written = modes(tmp_path)
+    assert {name: written[name] for name in ("back.json", "webhooks.json.backup", "copies", "migrated")} == {
         "back.json": "600",
         "webhooks.json.backup": "600",
         "copies": "700",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,15 +14,14 @@ from uuid_utils import uuid7
 from hookline import WebhookManager, clock, deliveries, events, lanes, missed, replays
 from hookline.errors import Conflict, NotFound
 from hookline.events import NewEvent
-from hookline.policy import Rules
 from hookline.store import sql, units
 from hookline.store.open import open_database, storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming
 from models import Delivery, Status, stored_time
 from tests.conftest import SECRET, Server, only_postgres
 from tests.databases import Place, plan, read_whole
 from tests.replaying import carry_out
+from tests.working import claim_up_to, until
 
 URL = "http://127.0.0.1:9/"
 LONG_AGO = clock.now() - timedelta(days=1)
@@ -44,7 +42,7 @@ def publish(db: Database, count: int, event_type: str = "goal", **data: Any) -> 
     published = events.publish_all(
         db, [NewEvent(event_type, {"n": n, **data}, own=event_type.startswith(events.OWN)) for n in range(count)]
     )
-    return [one.event_id for one in published if not isinstance(one, Exception)]
+    return [answer.event_id for answer in published if not isinstance(answer, Exception)]
 
 
 def end(db: Database, status: Status = Status.FAILED, *conditions: Any) -> None:
@@ -56,12 +54,12 @@ def end(db: Database, status: Status = Status.FAILED, *conditions: Any) -> None:
 
 def store_events(db: Database, count: int, at: datetime) -> None:
     """Many events that nobody got."""
-    moment = sql.moment(db)
     statement = f"""
         INSERT INTO events (event_id, event_type, payload, created_at)
-        SELECT id, 'goal', '{{}}', {moment} FROM {sql.rows(db, "id")}"""
+        SELECT id, 'goal', '{{}}', {sql.time(db, "at")} FROM {sql.values(db, "event_ids", "id")}"""
+    event_ids = sql.encoded_ids(f"evt_{uuid7()}" for _ in range(count))
     with db.connection_context(), db.atomic():
-        db.execute_sql(statement, (stored_time(at), sql.ids(f"evt_{uuid7()}" for _ in range(count))))
+        db.execute_sql(statement, {"at": stored_time(at), "event_ids": event_ids})
 
 
 def pending(db: Database) -> int:
@@ -120,7 +118,7 @@ def test_a_replay_brings_no_events_of_the_service_to_who_did_not_name_them(
     assert carry_out(db) == 0
     replays.start(db, named, LONG_AGO)
     assert carry_out(db) == 1
-    assert [one["event_id"] for one in deliveries.page(db)] == other
+    assert [row["event_id"] for row in deliveries.page(db)] == other
     assert about_it != other
 
 
@@ -207,14 +205,14 @@ def test_a_step_that_is_cut_off_in_the_middle_loses_and_repeats_nothing(
     end(db)
     replay_id = replays.start(db, webhook_id, LONG_AGO)["replay_id"]
 
-    def cut_off(*_: Any) -> None:
+    def cut_off(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("_insert", "_count"):
+    for module, name in ((deliveries, "insert"), (lanes, "open_lanes")):
         step = replays.find(db, replay_id)
         assert step is not None
         with monkeypatch.context() as patch:
-            patch.setattr(replays, name, cut_off)
+            patch.setattr(module, name, cut_off)
             with pytest.raises(KeyboardInterrupt):
                 write_now(db, replays.record, step)
         shown = replays.get(db, replay_id)
@@ -227,7 +225,7 @@ def test_a_step_that_is_cut_off_in_the_middle_loses_and_repeats_nothing(
 def test_what_changed_between_the_look_and_the_step_stays_as_it_is(db: Database, webhook_id: str) -> None:
     publish(db, 3)
     end(db)
-    newest, middle, oldest = (one["delivery_id"] for one in deliveries.page(db))
+    newest, middle, oldest = (row["delivery_id"] for row in deliveries.page(db))
     replay_id = replays.start(db, webhook_id, LONG_AGO)["replay_id"]
     step = replays.find(db, replay_id)
     assert step is not None and step.window.ended == [oldest, middle, newest]
@@ -235,7 +233,7 @@ def test_what_changed_between_the_look_and_the_step_stays_as_it_is(db: Database,
     deliveries.retry(db, middle)
     end(db, Status.SUCCEEDED, Delivery.delivery_id == middle)
     assert write_now(db, replays.record, step)
-    statuses = [one["status"] for one in deliveries.page(db)]
+    statuses = [row["status"] for row in deliveries.page(db)]
     assert (statuses, replays.get(db, replay_id)["deliveries"]) == (["pending", "succeeded", "pending"], 1)
 
 
@@ -282,15 +280,15 @@ def test_a_replay_opens_a_lane_that_rests_once(db: Database, webhook_id: str, sm
     def rest() -> None:
         with db.connection_context():
             far = stored_time(clock.now() + timedelta(hours=1))
-            moment = sql.moment(db)
             statement = f"""
-                INSERT INTO lanes (webhook_id, due_at, open_at, failures) VALUES ({db.param}, {moment}, {moment}, 1)
+                INSERT INTO lanes (webhook_id, due_at, open_at, failures)
+                VALUES ({sql.param(db, "webhook_id")}, {sql.time(db, "far")}, {sql.time(db, "far")}, 1)
                 ON CONFLICT (webhook_id) DO UPDATE SET due_at = excluded.due_at, open_at = excluded.open_at"""
-            db.execute_sql(statement, (webhook_id, far, far))
+            db.execute_sql(statement, {"webhook_id": webhook_id, "far": far})
 
     def claimable() -> int:
         with db.connection_context(), db.atomic():
-            return len(claiming.claim(db, Rules(), 10, {}, []))
+            return len(claim_up_to(db, 10))
 
     publish(db, 25)
     end(db)
@@ -309,20 +307,20 @@ def test_a_replay_keeps_strict_order(db: Database, manager: WebhookManager) -> N
     manager.update(webhook_id, {"ordered": True})
     replays.start(db, webhook_id, LONG_AGO)
     assert carry_out(db) == 25
-    assert [one["event_id"] for one in reversed(deliveries.page(db))] == ids
+    assert [row["event_id"] for row in reversed(deliveries.page(db))] == ids
     with db.connection_context(), db.atomic():
-        (job,) = claiming.claim(db, Rules(), 10, {}, [])
+        (job,) = claim_up_to(db, 10)
     assert job.event_id == ids[0]
 
 
 def test_replays_are_listed_newest_first(db: Database, manager: WebhookManager, webhook_id: str) -> None:
     other = manager.register(URL, ["goal"], SECRET)
-    ids = [replays.start(db, one, LONG_AGO)["replay_id"] for one in (webhook_id, other, webhook_id)]
-    assert [one["replay_id"] for one in replays.page(db)] == ids[::-1]
-    assert [one["replay_id"] for one in replays.page(db, webhook_id=webhook_id)] == [ids[2], ids[0]]
-    assert [one["replay_id"] for one in replays.page(db, limit=1, before=ids[2])] == [ids[1]]
+    ids = [replays.start(db, owner, LONG_AGO)["replay_id"] for owner in (webhook_id, other, webhook_id)]
+    assert [row["replay_id"] for row in replays.page(db)] == ids[::-1]
+    assert [row["replay_id"] for row in replays.page(db, webhook_id=webhook_id)] == [ids[2], ids[0]]
+    assert [row["replay_id"] for row in replays.page(db, limit=1, before=ids[2])] == [ids[1]]
     replays.cancel(db, ids[0])
-    assert [one["replay_id"] for one in replays.page(db, state="cancelled")] == [ids[0]]
+    assert [row["replay_id"] for row in replays.page(db, state="cancelled")] == [ids[0]]
 
 
 def test_what_was_missed_begins_with_the_first_event_that_did_not_arrive(
@@ -345,8 +343,7 @@ def test_what_was_missed_begins_with_the_first_event_that_did_not_arrive(
     during = [publish_at_the_next_hour() for _ in range(5)]
     monkeypatch.setattr(clock, "now", lambda: now)
     end(db)
-    found = missed.since(db, webhook_id, began)
-    assert found == {"since": waited[0], "deliveries": 10, "more": False}
+    assert missed.since(db, webhook_id, began) == {"since": waited[0], "deliveries": 10, "more": False}
     assert missed.since(db, webhook_id, during[-1] + timedelta(minutes=30))["deliveries"] == 10  # they ended at once
     late = clock.now() + timedelta(hours=1)
     monkeypatch.setattr(clock, "now", lambda: late)
@@ -439,7 +436,7 @@ async def test_a_step_waits_briefly_for_a_webhook_that_somebody_holds_and_goes_o
     await storage.start()
     with other.connection_context(), other.atomic():
         other.execute_sql("SELECT 1 FROM webhooks FOR UPDATE").fetchall()
-        assert not await replays._round(storage)  # it gave way, and says that it goes on later
+        assert not await replays.carry_out_steps(storage)  # it gave way, and says that it goes on later
         assert (pending(db), replays.running(db)) == (0, [replay_id])
     keeping = asyncio.ensure_future(replays.carry_out(storage, poll=0.01))
     await until(lambda: replays.get(db, replay_id)["state"] == "finished")
@@ -459,19 +456,11 @@ async def test_replays_go_on_after_a_look_for_them_has_failed(db: Database, webh
     storage = storage_of(db)
     await storage.start()
     await storage.write(lambda db: db.execute_sql("ALTER TABLE replays RENAME TO away"))
-    assert not await replays._round(storage)
+    assert not await replays.carry_out_steps(storage)
     await storage.write(lambda db: db.execute_sql("ALTER TABLE away RENAME TO replays"))
-    assert await replays._round(storage)
+    assert await replays.carry_out_steps(storage)
     await storage.stop()
     assert (replays.get(db, replay_id)["state"], pending(db)) == ("finished", 3)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def test_a_replay_over_http_tells_how_far_it_is_and_is_cancelled(server: Server) -> None:
@@ -498,9 +487,9 @@ def test_a_replay_over_http_tells_how_far_it_is_and_is_cancelled(server: Server)
     assert (refused.status_code, refused.json()) == (409, {"detail": "this replay is finished already"})
     more = client.post(f"{path}/replay", json=body).json()["replay_id"]
     listed = client.get("/api/v1/replays", params={"webhook_id": webhook_id, "limit": 1}).json()
-    assert [one["replay_id"] for one in listed["data"]] == [more]
+    assert [row["replay_id"] for row in listed["data"]] == [more]
     rest = client.get("/api/v1/replays", params={"webhook_id": webhook_id, "cursor": listed["next_cursor"]}).json()
-    assert [one["replay_id"] for one in rest["data"]] == [shown["replay_id"]]
+    assert [row["replay_id"] for row in rest["data"]] == [shown["replay_id"]]
     assert client.patch(path, json={"enabled": False}).status_code == 200
     assert client.post(f"{path}/replay", json=body).status_code == 409
     for method, unknown in (("POST", "webhooks/x/replay"), ("GET", "replays/x"), ("POST", "replays/x/cancel")):

@@ -15,6 +15,7 @@ from peewee import Database
 from hookline import WebhookManager, clock, deliveries, events, history, replays, retention
 from hookline.errors import NotFound
 from hookline.events import NewEvent
+from hookline.retention import Batch
 from hookline.store.open import open_database, storage_of
 from models import Attempt, Delivery, Event
 from tests.conftest import SECRET, manage, only_postgres
@@ -39,12 +40,12 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[datetime], None]:
 def end(db: Database, finished_at: datetime, *conditions: Any, status: str = "succeeded") -> None:
     """Let these deliveries have ended, with an earlier attempt each."""
     with db.connection_context(), db.atomic():
-        found = Delivery.select(Delivery.delivery_id).where(Delivery.delivery_id > 0, *conditions)
-        ids = [row[0] for row in found.tuples().execute(db)]
+        query = Delivery.select(Delivery.delivery_id).where(Delivery.delivery_id > 0, *conditions)
+        ids = [row[0] for row in query.tuples().execute(db)]
         ended = {"status": status, "next_attempt_at": None, "finished_at": finished_at, "attempts": 2}
         Delivery.update(ended).where(Delivery.delivery_id.in_(ids)).execute(db)
-        for one in ids:
-            Attempt.insert(delivery=one, number=1, started_at=OLD, duration_ms=5).execute(db)
+        for delivery_id in ids:
+            Attempt.insert(delivery=delivery_id, number=1, started_at=OLD, duration_ms=5).execute(db)
 
 
 def counts(db: Database) -> tuple[int, int, int]:
@@ -72,7 +73,7 @@ def test_what_is_old_and_has_ended_goes_with_all_that_hangs_on_it(db: Database, 
     assert retention.count(db, CUTOFF) == (2, 3)
     assert purge(db) == (2, 3)
     assert counts(db) == (1, 3, 3)
-    assert [one["event_id"] for one in history.page(db)] == [kept.event_id]
+    assert [row["event_id"] for row in history.page(db)] == [kept.event_id]
     assert purge(db) == retention.count(db, CUTOFF) == (0, 0)
 
 
@@ -97,22 +98,16 @@ def test_a_large_event_goes_in_many_batches_and_those_that_stay_are_passed_once(
     monkeypatch.setattr(retention, "WINDOW", 2)
     stay = [events.publish_one(db, NewEvent("goal", {})) for _ in range(3)]
     go = [events.publish_one(db, NewEvent("goal", {})) for _ in range(2)]
-    end(db, OLD, Delivery.event.in_([one.event_id for one in go]))
-    seen, place = [], retention.START
-    ids, after = retention.ended(db, CUTOFF, place)
-    while True:
+    end(db, OLD, Delivery.event.in_([published.event_id for published in go]))
+    seen: list[str] = []
+    position: history.Position | None = retention.START
+    while position is not None:
+        ids, position = retention.ended(db, CUTOFF, position)
         seen += ids
-        if after is None:
-            break
-        ids, after = retention.ended(db, CUTOFF, after)
-    assert seen == [one.event_id for one in go]
+    assert seen == [published.event_id for published in go]
     batches = [retention.purge(db, seen, CUTOFF) for _ in range(4)]
-    assert [(one.events, one.deliveries, one.done) for one in batches] == [
-        (0, 2, False),
-        (0, 2, False),
-        (0, 2, False),
-        (2, 0, True),
-    ]
+    partial = Batch(events=0, deliveries=2, done=False)
+    assert batches == [partial, partial, partial, Batch(events=2, deliveries=0, done=True)]
     assert counts(db) == (3, 9, 0)
     assert len(stay) == 3
 
@@ -129,7 +124,7 @@ def test_what_is_retried_between_two_batches_stays_with_its_event(
     deliveries.retry(db, left)
     while not retention.purge(db, ids, CUTOFF).done:
         pass
-    assert [(one["delivery_id"], one["status"]) for one in deliveries.page(db)] == [(left, "pending")]
+    assert [(row["delivery_id"], row["status"]) for row in deliveries.page(db)] == [(left, "pending")]
     assert len(deliveries.get(db, left)["attempt_log"]) == 1
     assert history.get(db, published.event_id)["deliveries"]["pending"] == 1
 
@@ -141,12 +136,12 @@ def test_what_another_process_is_making_pending_is_neither_deleted_nor_waited_fo
     published = events.publish_one(db, NewEvent("goal", {}))
     end(db, OLD)
     ids, _ = retention.ended(db, CUTOFF)
-    one = deliveries.page(db)[0]["delivery_id"]
+    retried = deliveries.page(db)[0]["delivery_id"]
     other = open_database(place.url)
     with other.connection_context(), other.atomic():
-        deliveries.retry(other, one)
-        assert retention.purge(db, ids, CUTOFF) == (0, 2, True)
-    assert [row["delivery_id"] for row in deliveries.page(db)] == [one]
+        deliveries.retry(other, retried)
+        assert retention.purge(db, ids, CUTOFF) == Batch(events=0, deliveries=2, done=True)
+    assert [row["delivery_id"] for row in deliveries.page(db)] == [retried]
     assert history.get(db, published.event_id)
     other.close_all()  # type: ignore[attr-defined]
 
@@ -193,14 +188,14 @@ def test_looking_and_deleting_seek(db: Database, webhooks: list[str]) -> None:
     db.query_hooks.clear()
     for index in ("idx_events_created", "idx_deliveries_event"):
         assert any(index in step for step in steps), steps
-    assert not [one for table in ("events", "deliveries", "attempts") for one in read_whole(steps, table)]
+    assert not [step for table in ("events", "deliveries", "attempts") for step in read_whole(steps, table)]
 
 
 def test_a_key_may_be_used_again_once_its_event_is_gone(db: Database, webhooks: list[str]) -> None:
     first = events.publish_one(db, NewEvent("nobody", {"n": 1}, "key"))
     purge(db)
-    again = events.publish_one(db, NewEvent("nobody", {"n": 2}, "key"))
-    assert not again.duplicate
+    second = events.publish_one(db, NewEvent("nobody", {"n": 2}, "key"))
+    assert not second.duplicate
     with pytest.raises(NotFound):
         history.get(db, first.event_id)
 
@@ -294,7 +289,7 @@ async def test_a_clock_that_jumps_forward_by_more_than_a_day_purges_nothing_and_
     while await looked.get():
         pass
     assert not await looked.get() and counts(db)[0] == 1
-    (warning,) = [one.getMessage() for one in caplog.records]
+    (warning,) = [record.getMessage() for record in caplog.records]
     assert "went forward by 31.0 days" in warning and "manage.py purge" in warning
     assert manage(place, "purge", "--older-than", "1ms").stdout == "purged: 1 events, 0 deliveries\n"
     at(OLD)

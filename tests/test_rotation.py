@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,13 +12,13 @@ from peewee import Database
 from hookline import WebhookManager, clock, rotation, signing
 from hookline.egress import Client
 from hookline.errors import Conflict
-from hookline.policy import Rules
 from hookline.store.open import storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming
+from hookline.worker import attempts
 from hookline.worker.worker import Worker
 from models import Webhook
 from tests.databases import plan, read_whole
+from tests.working import claim_up_to, rules, until
 
 URL = "http://example.com/"
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
@@ -45,9 +44,8 @@ def webhook_id(manager: WebhookManager, after: Any) -> str:
 def sent(db: Database, manager: WebhookManager) -> tuple[dict[str, str], bytes]:
     """The headers and the body of a delivery made now, as a worker signs it."""
     manager.send_event("goal", {})
-    job = write_now(db, claiming.claim, Rules(), 2, {}, [])[-1]
-    worker = Worker(storage_of(db), Client(), Rules())
-    return worker._headers(job), job.body
+    job = write_now(db, claim_up_to, 2)[-1]
+    return attempts.signed_headers(job), job.body
 
 
 def valid(headers: dict[str, str], body: bytes) -> set[str]:
@@ -61,7 +59,7 @@ def valid(headers: dict[str, str], body: bytes) -> set[str]:
 
 def of_legacy_header(headers: dict[str, str], body: bytes) -> str:
     wanted = headers["X-Webhook-Signature"]
-    (secret,) = [one for one in (FIRST, SECOND, THIRD) if signing.legacy_signature(one, body) == wanted]
+    (secret,) = [secret for secret in (FIRST, SECOND, THIRD) if signing.legacy_signature(secret, body) == wanted]
     return secret
 
 
@@ -72,7 +70,7 @@ def stored(db: Database, webhook_id: str) -> str:
 
 
 def sweep(db: Database) -> int:
-    return write_now(db, rotation.erase, found) if (found := rotation.ended(db)) else 0
+    return write_now(db, rotation.erase, webhook_ids) if (webhook_ids := rotation.expired(db)) else 0
 
 
 def test_a_receiver_of_the_legacy_header_has_the_whole_overlap_to_change_its_secret(
@@ -100,7 +98,7 @@ def test_without_an_overlap_everything_is_signed_with_the_new_secret_at_once(
 
 
 @pytest.mark.parametrize(("first", "second"), [(60, 600), (600, 60)])
-def test_a_second_rotation_within_the_overlap_keeps_the_first_secret_valid_until_its_own_end(
+def test_a_second_rotation_keeps_the_first_secret_valid_until_its_own_end(
     db: Database, manager: WebhookManager, webhook_id: str, after: Any, first: int, second: int
 ) -> None:
     manager.rotate(webhook_id, SECOND, first)
@@ -128,14 +126,14 @@ def test_an_old_secret_is_erased_from_the_database_when_its_overlap_ends(
     ends_first, stays = (FIRST, SECOND) if first == 60 else (SECOND, FIRST)
     after(61)
     assert sweep(db) == 1
-    found = stored(db, webhook_id)
-    assert ends_first not in found and stays in found
+    left = stored(db, webhook_id)
+    assert ends_first not in left and stays in left
     assert valid(*sent(db, manager)) == {stays, THIRD}
     assert sweep(db) == 0
     after(601)
     assert sweep(db) == 1
-    found = stored(db, webhook_id)
-    assert FIRST not in found and SECOND not in found and THIRD in found
+    left = stored(db, webhook_id)
+    assert FIRST not in left and SECOND not in left and THIRD in left
     assert sweep(db) == 0
 
 
@@ -145,17 +143,14 @@ async def test_a_worker_erases_what_has_ended(
     manager.rotate(webhook_id, SECOND, 60)
     after(61)
     storage = storage_of(db)
-    worker = Worker(storage, Client(), Rules())
+    worker = Worker(storage, Client(), rules())
     await storage.start()
     await worker.start()
-    for _ in range(1000):
-        if worker._sweeping is not None and worker._sweeping.done():
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: worker.sweeper.sweeps)
     await worker.stop()
     await storage.stop()
-    found = stored(db, webhook_id)
-    assert FIRST not in found and SECOND in found
+    left = stored(db, webhook_id)
+    assert FIRST not in left and SECOND in left
 
 
 def test_a_rotation_back_and_forth_signs_once_with_each_secret(
@@ -187,7 +182,7 @@ def test_what_has_ended_is_found_whatever_the_number_of_webhooks(
     steps: list[str] = []
     db.query_hooks.append(lambda event: steps.extend(plan(db, event.sql, event.params)))
     with db.connection_context():
-        rotation.ended(db)
+        rotation.expired(db)
     db.query_hooks.clear()
     for index in ("idx_webhooks_overlap", "idx_webhooks_earlier"):
         assert any(index in step for step in steps), steps

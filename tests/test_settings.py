@@ -1,23 +1,44 @@
-"""Settings: what is read, and the one line that a wrong value gets."""
+"""Settings: their text is read into values, and a wrong one is refused in one line."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 
 import settings
-from tests.conftest import manage
+from hookline import policy
+from tests.conftest import ROOT, manage
 from tests.databases import Place
 
 
-def test_defaults_are_those_of_a_small_box() -> None:
+def test_the_example_file_shows_the_defaults() -> None:
+    example = (ROOT / ".env.example").read_text()
+    assert settings.load(dict(re.findall(r"^#([A-Z_]+)=(.*)$", example, re.MULTILINE))) == settings.Settings()
     assert settings.load({}) == settings.Settings()
 
 
+def test_the_defaults_are_those_of_the_library() -> None:
+    config = settings.Settings()
+    assert (
+        policy.Rules(
+            retry_schedule=config.retry_schedule,
+            disable_after=config.disable_after,
+            lease=config.lease,
+            timeout=config.delivery_timeout,
+            concurrency=config.worker_concurrency,
+            retention=config.retention,
+            max_payload=config.max_payload,
+        )
+        == policy.DEFAULT
+    )
+
+
 def test_every_setting_is_read() -> None:
-    given = {
+    environ = {
         "DATABASE_URL": "sqlite:////var/lib/hookline/webhooks.db",
         "DATABASE_POOL": "3",
         "ALLOW_EPHEMERAL_SQLITE": "yes",
@@ -39,28 +60,29 @@ def test_every_setting_is_read() -> None:
         "LOG_LEVEL": "DEBUG",
     }
     expected = settings.Settings(
-        given["DATABASE_URL"],
-        3,
-        True,
-        "0.0.0.0",
-        80,
-        ("the-first-key-of-two", "the-second-key-of-two"),
-        True,
-        (ip_network("127.0.0.1/32"), ip_network("10.0.0.0/8")),
-        (ip_network("192.168.0.0/16"), ip_network("fd00::/8")),
-        False,
-        8,
-        0.5,
-        5,
-        (1, 120),
-        3600,
-        None,
-        2 * 1024**2,
-        1024,
-        "debug",
+        database_url="sqlite:////var/lib/hookline/webhooks.db",
+        database_pool=3,
+        allow_ephemeral_sqlite=True,
+        host="0.0.0.0",
+        port=80,
+        api_keys=("the-first-key-of-two", "the-second-key-of-two"),
+        allow_anonymous=True,
+        trusted_proxies=(ip_network("127.0.0.1/32"), ip_network("10.0.0.0/8")),
+        allowed_networks=(ip_network("192.168.0.0/16"), ip_network("fd00::/8")),
+        run_worker=False,
+        worker_concurrency=8,
+        delivery_timeout=0.5,
+        lease=5,
+        retry_schedule=(1, 120),
+        disable_after=3600,
+        retention=None,
+        max_body=2 * 1024**2,
+        max_payload=1024,
+        log_level="debug",
     )
-    assert settings.load(given) == expected
-    assert "first-key" not in repr(settings.load(given))
+    assert environ.keys() == {field.name.upper() for field in fields(settings.Settings)}
+    assert settings.load(environ) == expected
+    assert "first-key" not in repr(settings.load(environ))
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,9 @@ def signed(*secrets: str, body: bytes, timestamp: int = MADE) -> dict[str, str]:
 def test_the_published_vectors_are_signed_and_verified(
     secret: str, event_id: str, timestamp: int, body: bytes, signature: str
 ) -> None:
-    given = {"webhook-id": event_id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
+    headers = {"webhook-id": event_id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
     assert signing.standard_signature(secret, event_id, timestamp, body) == signature
-    assert signing.problem(given, body, secret, timestamp) is None
+    assert signing.problem(headers, body, secret, timestamp) is None
 
 
 @pytest.mark.parametrize(

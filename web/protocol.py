@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 ANSWER_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 BACKLOG = 2048  # connections that may wait to be accepted
 NOT_HTTP = "This cannot be read as an HTTP/1.1 request: its method, path, headers or length is malformed"
-NO_UPGRADE = "Only HTTP/1.1 is spoken here: send the request without the header Upgrade"
+NO_UPGRADE = "This service speaks HTTP/1.1 alone: send the request without the header Upgrade"
 
 
 class Server(uvicorn.Server):

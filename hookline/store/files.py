@@ -1,4 +1,4 @@
-"""Files that survive a crash: each is whole under its final name, or not there."""
+"""Files: written so that after a crash each is whole under its final name, or not there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hookline.errors import Invalid
 
 
 def create_private(path: Path) -> None:
-    """An empty file that its owner alone may read, in a folder that its owner alone may enter; what exists stays.
+    """Make an empty file, and its folders, for their owner alone; what exists is left as it is.
 
-    A link to a file that is not there makes that file. SQLite gives its `-wal` and `-shm` the mode of the file.
+    If the path is a link to a missing file, that file is made. SQLite gives its `-wal` and `-shm` the mode of the file.
     Raises Invalid.
     """
     path = Path(os.path.realpath(path))
@@ -30,12 +30,12 @@ def create_private(path: Path) -> None:
 
 
 def is_open_to_others(path: str) -> bool:
-    """Can other users of this machine read or write the file, as far as its mode says?"""
+    """True if the mode of the file lets other users of this machine read or write it."""
     return os.name == "posix" and bool(os.stat(path).st_mode & 0o066)
 
 
 def back_up(path: Path, content: bytes) -> Path:
-    """A durable, byte-exact copy beside the file: `NAME.backup`, or `.backup.1` and on where an older one differs."""
+    """Write a durable copy beside the file: `NAME.backup`, or `.backup.1` and so on where an older one differs."""
     for number in range(10_000):
         backup = path.with_name(f"{path.name}.backup" + (f".{number}" if number else ""))
         if not backup.exists():
@@ -47,7 +47,7 @@ def back_up(path: Path, content: bytes) -> Path:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Raises Invalid if it cannot be written; never overwrites, and never leaves half a file under that name."""
+    """Write a new file; raises Invalid if it cannot be written or exists. It never leaves half a file."""
     temporary = write_temporary(path, content)
     try:
         os.link(temporary, path)
@@ -59,7 +59,7 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Raises Invalid if it cannot be written; readers see the old file or the new one, whole. A link stays one."""
+    """Replace a file, or the file that a link points to: readers see the old or the new one, whole. Raises Invalid."""
     if path.exists() and not path.is_file():
         raise Invalid(f"{path} cannot be written: it is not a file")  # but a device or a pipe, such as /dev/stdout
     target = path.resolve()
@@ -73,7 +73,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_temporary(path: Path, content: bytes) -> Path:
-    """The content on the disk, readable by its owner alone (it holds secrets), beside its final place."""
+    """Write the content durably to a new file in the same folder, readable by its owner alone: it holds secrets."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as exc:
@@ -90,6 +90,7 @@ def write_temporary(path: Path, content: bytes) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
+    """Make the names in this folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

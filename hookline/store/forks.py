@@ -1,12 +1,12 @@
-"""Forks: a child never uses, returns or closes a connection of its parent's, and opens its own.
+"""Forks: a child never uses, returns or closes a connection of its parent, and opens its own.
 
-PostgreSQL: a connection is a socket to the parent's session. The child keeps it untouched.
+PostgreSQL: a connection is a socket to the parent's session. The child keeps it open and does not touch it.
 
-SQLite keeps its locks by file for the whole process. While a handle of the parent's is open in the child, a new one
-there takes the parent's locks for its own, and the parent removes the `-wal` under it when it ends. So the child must
-have no handle of the parent's on that file: the parent closes idle ones before it forks, and the child closes that of
-the thread that forked, which does nothing else now. If one is left (in a transaction, or in use by another thread),
-the child is refused the file: nothing is acknowledged that would be lost.
+SQLite: locks belong to a file and a process. While a handle of the parent is open in the child, a new handle there
+takes the parent's locks for its own, and the parent deletes the `-wal` under it when it ends: the child's commits would
+be lost. So the child must have no handle of the parent on that file. The parent waits until other threads have given
+their connections back, and closes the idle ones before it forks; the child closes the one of the thread that forked. If
+a handle is left (a transaction is open, or another thread works for longer than WAIT), the child may not use the file.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from weakref import WeakSet
 from peewee import Database, SqliteDatabase
 from playhouse.pool import PooledDatabase
 
-WAIT = 10.0  # seconds that a fork waits for other threads to give back their connections to SQLite
-LOOK = 0.02  # seconds between looks whether they have
+WAIT = 10.0  # seconds that a fork waits for other threads to give back their SQLite connections
+CHECK_EVERY = 0.02  # seconds between two checks whether they have
 REFUSED = (
     "this process was forked while its parent used this SQLite database, so it cannot: fork outside of transactions, "
     "and while no other thread uses it, or start the process by spawn"
@@ -34,54 +34,54 @@ REFUSED = (
 
 class Forkable(Protocol):
     def forked(self) -> None:
-        """Called in a child: let go of what only the parent has, such as its threads."""
+        """Forget, in a child, what only the parent has, such as its threads."""
 
 
-inherited: set[tuple[int, int]] = set()  # device and inode of the files that came open from the parent
+inherited: set[tuple[int, int]] = set()  # device and inode of the files that the parent had open
 _databases: WeakSet[Database] = WeakSet()
 _forkables: WeakSet[Forkable] = WeakSet()
-_one_at_a_time = threading.Lock()
-_held: list[Any] = []  # the pools that are held until the fork is done
+_forking = threading.Lock()  # one fork at a time
+_locked_pools: list[Any] = []  # until the fork is done
 
 
 def follow(db: Database) -> None:
-    """Keep the connections of this database to the process that opened them."""
-    if ":memory:" not in str(db.database):  # a child has its own copy of that
+    """Keep the connections of this database from children of this process."""
+    if ":memory:" not in str(db.database):  # of which a child has its own copy
         _databases.add(db)
 
 
 def follow_state(forkable: Forkable) -> None:
-    """Call its `forked` in every child that has it."""
+    """Call `forked` of this object in every child, as long as it exists."""
     _forkables.add(forkable)
 
 
 def in_child(callback: Callable[[], None]) -> Callable[[], None]:
-    """Call it in every child (a decorator)."""
+    """Call this function in every child. A decorator."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=callback)
     return callback
 
 
 def is_refused(db: Database) -> bool:
-    """Must this process not use the file of this SQLite database, because its parent's handle is still open here?"""
+    """True if this is SQLite and a handle of the parent on its file is open here: it must not be used."""
     if not inherited or not isinstance(db, SqliteDatabase):
         return False
     with suppress(OSError, TypeError):  # no file, or no name yet
-        found = os.stat(db.database)
-        return (found.st_dev, found.st_ino) in inherited
+        file = os.stat(db.database)
+        return (file.st_dev, file.st_ino) in inherited
     return False
 
 
 def _before() -> None:
-    """In the parent: hold every pool of SQLite, and close what is idle in it."""
-    _one_at_a_time.acquire()
+    """In the parent: lock every pool of SQLite, wait for its connections in use, close the idle ones."""
+    _forking.acquire()
     deadline = time.monotonic() + WAIT
     for pool in _pools():
         if pool._pool_lock.acquire(timeout=WAIT):
-            _held.append(pool)
-            pool.is_forking = True  # nobody gets a connection now
-            while _others(pool) and (left := deadline - time.monotonic()) > 0:
-                pool._pool_available.wait(min(left, LOOK))  # Peewee wakes one of those that wait, and not always us
+            _locked_pools.append(pool)
+            pool.is_forking = True  # it gives out no connections now
+            while _others_work(pool) and (left := deadline - time.monotonic()) > 0:
+                pool._pool_available.wait(min(left, CHECK_EVERY))  # Peewee wakes one thread, not always this one
             pool.close_idle()
 
 
@@ -91,25 +91,25 @@ def _pools() -> Iterator[Any]:
             yield db
 
 
-def _others(pool: Any) -> bool:
-    """Do other threads have connections that they will give back soon? What is held for long is held for good."""
+def _others_work(pool: Any) -> bool:
+    """Do other threads have connections that they checked out less than WAIT ago? Older ones are not waited for."""
     own, since = id(pool._state.conn), time.time() - WAIT
-    return any(key != own and held.checked_out > since for key, held in pool._in_use.items())
+    return any(key != own and entry.checked_out > since for key, entry in pool._in_use.items())
 
 
 def _in_parent() -> None:
-    while _held:
-        pool = _held.pop()
+    while _locked_pools:
+        pool = _locked_pools.pop()
         pool.is_forking = False
         pool._pool_available.notify_all()
         pool._pool_lock.release()
-    _one_at_a_time.release()
+    _forking.release()
 
 
 def _in_child() -> None:
-    global _one_at_a_time
-    _one_at_a_time = threading.Lock()
-    _held.clear()
+    global _forking
+    _forking = threading.Lock()
+    _locked_pools.clear()
     inherited.clear()
     files = [_leave(db) for db in list(_databases)]
     if any(files):
@@ -119,18 +119,18 @@ def _in_child() -> None:
 
 
 def _leave(db: Any) -> bool:
-    """Make a database as it was before its first connection; returns whether it is SQLite."""
+    """Set a database back to before its first connection; returns whether it is SQLite."""
     is_sqlite, own = isinstance(db, SqliteDatabase), db._state.conn
     if is_sqlite and own is not None:
         with suppress(Exception):  # `own` may be closed already
             if not own.in_transaction:
                 own.close()
-    _keep(own)
+    _never_collect(own)
     db._state.reset()
-    if db.thread_safe and not isinstance(db._lock, nullcontext):  # which `PostgresPool` has, and keeps
-        db._lock = threading.Lock()  # another thread of the parent's may have had it
+    if db.thread_safe and not isinstance(db._lock, nullcontext):  # as in `PostgresPool`, which keeps it
+        db._lock = threading.Lock()  # a thread of the parent may hold it
     if isinstance(db, PooledDatabase):
-        _keep(db._connections, db._in_use)
+        _never_collect(db._connections, db._in_use)
         db._pool_lock = threading.RLock()
         db._pool_available = threading.Condition(db._pool_lock)
         db._connections, db._in_use = [], {}
@@ -138,8 +138,8 @@ def _leave(db: Any) -> bool:
     return is_sqlite
 
 
-def _keep(*handles: Any) -> None:
-    """For ever, also when Python ends: a connection that is collected is closed."""
+def _never_collect(*handles: Any) -> None:
+    """Keep these even when Python ends, since collecting a connection closes it."""
     for handle in handles:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
 
@@ -151,9 +151,9 @@ def _open_files() -> Iterator[tuple[int, int]]:
         numbers = list(range(1024))
     for number in numbers:
         with suppress(OSError):
-            found = os.fstat(number)
-            if stat.S_ISREG(found.st_mode):
-                yield found.st_dev, found.st_ino
+            file = os.fstat(number)
+            if stat.S_ISREG(file.st_mode):
+                yield file.st_dev, file.st_ino
 
 
 if hasattr(os, "register_at_fork"):

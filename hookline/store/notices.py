@@ -1,7 +1,7 @@
-"""Waking workers of other processes on PostgreSQL, by LISTEN and NOTIFY.
+"""Notices: wake the workers of other processes on PostgreSQL, by LISTEN and NOTIFY.
 
-A NOTIFY takes a lock on the whole database server while its transaction commits, so it is sent alone, after the commit
-that it tells of, and at most every QUIET seconds by each process. One that is lost costs a poll, never an event.
+A NOTIFY locks the whole database server while its transaction commits. So it is sent alone, after the commit that it
+tells of, and by each process at most once in QUIET seconds. A lost notice costs a poll, never an event.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ RECONNECT = 1.0  # seconds
 
 
 def send(db: Database) -> None:
-    """Wake the workers of this database, on this thread's connection, outside a transaction."""
+    """Send a notice on this thread's connection, outside a transaction. Failures are ignored. PostgreSQL only."""
     if is_postgres(db):
         with suppress(*FAILURES):
             db.execute_sql(f"NOTIFY {CHANNEL}")
 
 
 class Notices:
-    """One connection that listens, and what is to be told. `send_now` is awaited outside any transaction."""
+    """A connection that listens, and a task that sends: `send_now` is awaited outside any transaction."""
 
     def __init__(self, db: Database, send_now: Callable[[], Awaitable[None]]) -> None:
         self.db, self._send_now = db, send_now
@@ -42,8 +42,8 @@ class Notices:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._to_tell, self._lost = asyncio.Event(), asyncio.Event()
-        self._tasks = [self._loop.create_task(self._tell())]
+        self._to_send, self._disconnected = asyncio.Event(), asyncio.Event()
+        self._tasks = [self._loop.create_task(self._send())]
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -56,31 +56,31 @@ class Notices:
         self._tasks.append(self._loop.create_task(self._listen()))
 
     def tell(self) -> None:
-        """From any thread."""
-        self._loop.call_soon_threadsafe(self._to_tell.set)
+        """Send a notice soon. Call it from any thread."""
+        self._loop.call_soon_threadsafe(self._to_send.set)
 
-    async def _tell(self) -> None:
+    async def _send(self) -> None:
         while True:
-            await self._to_tell.wait()
-            self._to_tell.clear()
+            await self._to_send.wait()
+            self._to_send.clear()
             try:
                 await self._send_now()
-            except Exception as exc:  # whatever it is, the workers poll
+            except Exception as exc:  # the workers poll
                 log.debug("a notice was lost: %s", exc)
             await asyncio.sleep(QUIET)
 
     async def _listen(self) -> None:
-        """Keep a connection that listens."""
+        """Listen, and connect again whenever the connection is lost."""
         listening = True
         while True:
-            self._lost.clear()
+            self._disconnected.clear()
             try:
                 await self._connect()
                 listening = True
-                self._wake()  # of what was told while nobody listened
-                await self._lost.wait()
-            except Exception as exc:  # psycopg's, which is not installed everywhere
-                if listening:  # once, and not at every try
+                self._wake()  # for notices that were sent while it did not listen
+                await self._disconnected.wait()
+            except Exception as exc:  # such as psycopg's, which may not be installed
+                if listening:  # warn once, not at every try
                     log.warning("not listening for notices, polling goes on: %s", reason(exc))
                 listening = False
             finally:
@@ -98,7 +98,7 @@ class Notices:
         self._loop.add_reader(self._socket, self._read)
 
     def _open(self) -> Any:
-        """A connection of its own, beside the pool's."""
+        """Open a connection that is not of the pool."""
         connection = self.db._adapter.connect(self.db, **self.db.connect_params)  # type: ignore[attr-defined]
         try:
             connection.execute(f"LISTEN {CHANNEL}")
@@ -108,16 +108,16 @@ class Notices:
         return connection
 
     def _read(self) -> None:
-        pgconn, found = self._connection.pgconn, False
+        pgconn, heard = self._connection.pgconn, False
         try:
             pgconn.consume_input()
             while pgconn.notifies() is not None:
-                found = True
+                heard = True
         except Exception:
-            self._forget_socket()  # it is closed already: its number may be another's in a moment
-            self._lost.set()
+            self._forget_socket()  # it is closed, and its number may soon be used again
+            self._disconnected.set()
             return
-        if found:
+        if heard:
             self._wake()
 
     def _wake(self) -> None:

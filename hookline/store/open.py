@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from peewee import (
-    Database,
-    DatabaseError,
-    SqliteDatabase,
-)
+from peewee import Database, DatabaseError, SqliteDatabase
 
 from hookline.errors import Invalid, Unavailable
 from hookline.store import forks, pool
@@ -28,22 +24,13 @@ from hookline.store.units import connected
 log = logging.getLogger("hookline")
 
 SQLITE_SCHEME = "sqlite:///"
-
-
 POSTGRES_SCHEMES = ("postgresql://", "postgres://")
 
-
-BUSY_TIMEOUT = 30  # seconds that a writer waits for another process, an import of a million webhooks included
-
-
+BUSY_TIMEOUT = 30  # seconds that a writer waits for another process, such as an import of a million webhooks
 POOL_SIZE = 8  # connections of one process to PostgreSQL
-
-
 STATEMENT_TIMEOUT = 30  # seconds, on PostgreSQL
-
-
-LARGE_CACHE = -256 * 1024  # KiB: long work writes more pages than the service keeps, each only once then
-
+STALE = 3600  # seconds until a pooled connection is replaced, so that a fail-over is noticed
+LARGE_CACHE = -256 * 1024  # KiB: long work then writes each changed page once
 
 PRAGMAS = {
     "journal_mode": "wal",
@@ -52,8 +39,6 @@ PRAGMAS = {
     "cache_size": -16_000,  # KiB
     "journal_size_limit": 64 * 1024 * 1024,
 }
-
-
 CONNECTION = {
     "connect_timeout": 5,
     "keepalives_idle": 30,
@@ -61,12 +46,7 @@ CONNECTION = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # ms
 }
-
-
-FIXED = {"application_name": "hookline", "client_encoding": "utf8"}  # whatever the URL says: `copy` looks for the name
-
-
-STALE = 3600  # seconds after which a pooled connection is made anew, so that a fail-over is noticed
+FIXED = {"application_name": "hookline", "client_encoding": "utf8"}  # against the URL: `copy` looks for the name
 
 
 def open_database(
@@ -77,12 +57,12 @@ def open_database(
     long_work: bool = False,
     pragmas: Mapping[str, Any] | None = None,
 ) -> Database:
-    """The database at this URL, not yet connected.
+    """Return the database at this URL, not yet connected.
 
     `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user:password@host:port/name?sslmode=require`.
-    `create`: make the file and its folder, for their owner alone, if there is none. `long_work`: for a command that may
-    run long statements. Raises Invalid for any other URL, a file or folder that cannot be made, or PostgreSQL without
-    its driver; no message holds the URL, which may have a password.
+    `create`: make the file and its folder, for their owner alone, if there is none. `long_work`: for a command whose
+    statements may take long. Raises Invalid for any other URL, a file or folder that cannot be made, and PostgreSQL
+    without its driver; no message has the URL in it, which may hold a password.
     """
     if url.startswith(POSTGRES_SCHEMES):
         return _open_postgres(url, pool_size, long_work)
@@ -97,13 +77,13 @@ def open_database(
     db: Database = pool.SqlitePool(
         str(path),
         pragmas={**PRAGMAS, **large, **(pragmas or {})},
-        timeout=BUSY_TIMEOUT,  # the pool's own: how long to wait for a free connection
+        timeout=BUSY_TIMEOUT,  # the pool's: how long a thread waits for a connection
         check_same_thread=False,
         lock_type="IMMEDIATE",
         autoconnect=False,
         max_connections=64,
     )
-    db.timeout = BUSY_TIMEOUT  # type: ignore[attr-defined]  # SQLite's: the pool keeps the argument above to itself
+    db.timeout = BUSY_TIMEOUT  # type: ignore[attr-defined]  # SQLite's, which the pool does not pass on
     forks.follow(db)
     return db
 
@@ -122,7 +102,7 @@ def _open_postgres(url: str, pool_size: int, long_work: bool) -> Database:
     if "@" in f"{parameters.get('host')} {parameters.get('dbname')}" or (port and not port.isdecimal()):
         raise Invalid("a PostgreSQL URL needs @ : / ? % in the user and the password percent-encoded, such as %40")
     db: Database = PostgresPool(
-        parameters.get("dbname") or "the default one",  # only a name for Peewee: libpq gets the parameters
+        parameters.get("dbname") or "the default one",  # a name for Peewee: libpq gets the parameters
         max_connections=pool_size,
         timeout=BUSY_TIMEOUT,
         stale_timeout=STALE,
@@ -136,9 +116,9 @@ def _open_postgres(url: str, pool_size: int, long_work: bool) -> Database:
 
 
 def adopt(db: Database) -> None:
-    """Take on a database that a caller opened: keep its connections from children, and check it, once.
+    """Prepare a database that a caller opened, once: check it, and keep its connections from children of a fork.
 
-    Raises Invalid if it is SQLite that does not enforce foreign keys, Unavailable.
+    Raises Invalid if it is SQLite that does not enforce foreign keys, and Unavailable.
     """
     if db in _adopted:
         return
@@ -157,7 +137,7 @@ _adopted: WeakSet[Database] = WeakSet()
 
 
 def require_reachable(db: Database) -> None:
-    """Raises Unavailable or Invalid that says why it cannot be used: for those who start a program, not for HTTP."""
+    """Raise Unavailable or Invalid with the reason why a database cannot be used, for operators: it names paths."""
     if not db.is_closed():
         return
     if not is_postgres(db) and not os.path.exists(db.database):
@@ -179,4 +159,5 @@ def require_reachable(db: Database) -> None:
 
 
 def storage_of(db: Database, pool_size: int = POOL_SIZE) -> Storage:
+    """Return a storage for this database, not yet started."""
     return PostgresStorage(db, pool_size) if is_postgres(db) else SqliteStorage(db)

@@ -1,4 +1,4 @@
-"""Connections: a pool for each kind of database, and what every new connection is set to."""
+"""Connections: a pool for each kind of database, and the settings of every new connection."""
 
 from __future__ import annotations
 
@@ -25,23 +25,22 @@ from playhouse.pool import (
 )
 
 LOCK_TIMEOUT = 10  # seconds, on PostgreSQL
-
-
-SESSION = {  # what we rely on, whatever the server's, the database's and the role's defaults are
+SESSION = {  # relied on, whatever the defaults of the server, the database and the role are
     "timezone": "UTC",
     "datestyle": "ISO",
-    "default_transaction_isolation": "read committed",  # locks, then looks again: see lanes.py
+    "default_transaction_isolation": "read committed",  # see locks.py
     "lock_timeout": f"{LOCK_TIMEOUT}s",
     "jit": "off",  # it costs more than any statement of ours takes
 }
 
 
 def is_postgres(db: Database) -> bool:
+    """True for PostgreSQL, False for SQLite."""
     return isinstance(db, PostgresqlDatabase)
 
 
 class Adapter(Psycopg3Adapter):
-    """Sets up each new connection, and checks one that was idle without a round trip."""
+    """Set up each new connection, and check an idle one without a round trip."""
 
     def connect(self, db: Database, **parameters: Any) -> Any:
         from psycopg import connect
@@ -55,33 +54,33 @@ class Adapter(Psycopg3Adapter):
         values = {**SESSION, **limits}
         calls = ", ".join(["set_config(%s, %s, false)"] * len(values))
         connection.execute(f"SELECT {calls}".encode(), [part for pair in values.items() for part in pair])
-        # What is acknowledged is on the disk, whatever the server's default is; a stricter default is left alone.
+        # An acknowledged commit must be on the disk; a default that is stricter than "on" is left alone.
         durable = "SELECT set_config('synchronous_commit', 'on', false) "
         connection.execute(durable + "WHERE current_setting('synchronous_commit') = 'off'")
         return connection
 
     def is_connection_closed(self, conn: Any) -> bool:
-        """A server that went away has closed the socket, and an idle connection has nothing else to say."""
+        """Ask the socket: it is readable only if the server has closed it, since an idle server sends nothing."""
         if self.is_connection_reusable(conn):
             poll = select.poll()
             poll.register(conn.fileno(), select.POLLIN)
             if not poll.poll(0):
                 return False
-        conn.close()  # the pool forgets it, and would leave its socket open
+        conn.close()  # the pool drops it without closing its socket
         return True
 
 
 class PostgresPool(PooledPostgresqlDatabase):  # type: ignore[misc]
     """Peewee's pool, but connections are made outside its locks.
 
-    A server that does not answer then holds up who needs a new one, and nobody who has one or gives one back.
+    While the server does not answer, a thread that needs a new connection waits; all others go on.
     """
 
     psycopg3_adapter = Adapter
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._lock = nullcontext()  # what it guards is of each thread
+        self._lock = nullcontext()  # Peewee's guards only this thread's state
 
     def _connect(self) -> Any:
         reserved = object()
@@ -98,10 +97,10 @@ class PostgresPool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._in_use[id(reserved)] = PoolConnection(time.time(), None, time.time())
         connection = None
         try:
-            connection = PostgresqlDatabase._connect(self)  # type: ignore[attr-defined]  # the pool's holds its lock
+            connection = PostgresqlDatabase._connect(self)  # type: ignore[attr-defined]  # not the pool's
         finally:
             with self._pool_lock:
-                closed = self._in_use.pop(id(reserved), None) is None  # by `close_all`, meanwhile
+                closed = self._in_use.pop(id(reserved), None) is None  # by `close_all`
                 if connection is None:
                     self._pool_available.notify()
                 elif not closed:

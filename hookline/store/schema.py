@@ -1,7 +1,7 @@
-"""The schema's history: a thin wrapper of Peewee's own migration runner (`playhouse.migrations`).
+"""The schema and its migrations: a thin wrapper of Peewee's runner (`playhouse.migrations`).
 
-It opens the connection, lets one process migrate at a time, makes a run over several migrations one transaction, and
-checks the foreign keys at its end, all of which the runner leaves to its caller.
+It does what the runner leaves to its caller: opens the connection, lets one process migrate at a time, makes all
+migrations of a run one transaction, and checks the foreign keys at its end.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from hookline.store.pool import is_postgres
 from hookline.store.units import connected
 
 ADVISORY_LOCK = 0x686F6F6B6C696E65  # "hookline"; one lock of a PostgreSQL database, for migrations
-UNFINISHED_COPY = "hookline_copy"  # a table that is there while one goes on
+UNFINISHED_COPY = "hookline_copy"  # a table that exists while a copy into this database is unfinished
 DIRECTORY = Path(getfile(tables.Webhook)).resolve().parent / "migrations"  # beside models.py, also in a wheel
 
 
 def status(db: Database, directory: Path = DIRECTORY) -> list[tuple[str, datetime | None]]:
-    """Every migration in order, with the time it was applied (None: pending)."""
+    """List every migration in order, with the time it was applied (None: pending). Raises Unavailable."""
     with connected(db):
         return [(migration.name, migration.applied) for migration in Runner(db, str(directory)).status()]
 
 
 def pending(db: Database, directory: Path = DIRECTORY) -> list[str]:
-    """The names of the migrations that are not applied yet. Raises Unavailable."""
+    """List the names of the migrations that are not applied yet. Raises Unavailable."""
     return [name for name, applied in status(db, directory) if applied is None]
 
 
 def require_current(db: Database, directory: Path = DIRECTORY) -> None:
-    """Raises Conflict, naming the command to run, while migrations are pending or a copy into it is not finished."""
+    """Raise Conflict, with the command to run, if migrations are pending or a copy into it is not finished."""
     with connected(db):
         if db.table_exists(UNFINISHED_COPY):
             raise Conflict("a copy into this database was not finished: run  python manage.py copy  again")
@@ -49,7 +49,7 @@ def require_current(db: Database, directory: Path = DIRECTORY) -> None:
 
 
 def require_usable(db: Database) -> None:
-    """Raises Conflict as `require_current` does, and Unavailable if the database takes no writes, as a replica."""
+    """Raise Conflict as `require_current` does, and Unavailable if the database is read-only, such as a replica."""
     with connected(db):
         if is_postgres(db) and db.execute_sql("SHOW transaction_read_only").fetchone()[0] == "on":
             raise Unavailable("the database is read-only")
@@ -73,15 +73,15 @@ def down(db: Database, target: str | None = None, directory: Path = DIRECTORY) -
 
 
 def create(db: Database, name: str, directory: Path = DIRECTORY) -> Path:
-    """A new, numbered, empty migration script; returns its path."""
+    """Write a new, numbered, empty migration script; returns its path."""
     return Path(Runner(db, str(directory)).create(name))
 
 
 def diff(db: Database) -> str:
-    """What the database lacks or has too much against the models; '' when they agree."""
+    """Describe how the database differs from the models; '' if it does not."""
     with connected(db):
-        found = diff_models(db, tables.TABLES)
-    return str(found) if found else ""
+        difference = diff_models(db, tables.TABLES)
+    return str(difference) if difference else ""
 
 
 def _run(db: Database, directory: Path, target: str | None, direction: Literal["up", "down"]) -> list[str]:
@@ -90,9 +90,9 @@ def _run(db: Database, directory: Path, target: str | None, direction: Literal["
         raise Invalid(f"there is no migration {target}: see  python manage.py migrate status")
     with connected(db), exclusive(db, ADVISORY_LOCK):
         if not any(bool(migration.applied) == (direction == "down") for migration in runner.status()):
-            return []  # without a transaction, which might wait for another's
+            return []  # before a transaction begins, which might wait for another
         try:
-            # The runner's own contexts become savepoints in this one; on SQLite foreign keys are off all the while.
+            # The contexts of the runner become savepoints in this one. On SQLite foreign keys are off in it.
             with runner.migrator.migration_context():
                 broken = _broken_references(db)
                 names: list[str] = runner.up(target) if direction == "up" else runner.down(target)
@@ -100,14 +100,14 @@ def _run(db: Database, directory: Path, target: str | None, direction: Literal["
         except HooklineError:
             raise
         except Exception as exc:  # a script may raise anything
-            held = ": something else uses these tables, try again" if error_name(exc) == LOCKED else ""
-            raise Invalid(f"migration failed, and everything was rolled back: {reason(exc)}{held}") from exc
+            hint = ": something else uses these tables, try again" if error_name(exc) == LOCKED else ""
+            raise Invalid(f"migration failed, and everything was rolled back: {reason(exc)}{hint}") from exc
     return names
 
 
 def _broken_references(db: Database) -> Counter[str]:
-    """How many rows of each table point at rows that are gone."""
-    if is_postgres(db):  # it never lets them break
+    """Count, for each table, the rows that point at rows which are gone."""
+    if is_postgres(db):  # which never lets them break
         return Counter()
     return Counter(table for table, *_ in db.execute_sql("PRAGMA foreign_key_check").fetchall())
 

@@ -1,4 +1,4 @@
-"""SQLite: reads at once, and one writer that commits in groups."""
+"""SQLite: short reads on the event loop, and one writer thread that commits in groups."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from hookline.store.units import connected, unit
 
 
 class GroupFailed(Exception):
-    """The transaction of a whole group is lost: none of its writes may be acknowledged."""
+    """The transaction of a whole group was rolled back: none of its writes may be acknowledged."""
 
 
 class SqliteStorage(Storage):
-    """Reads on the event loop's own connection, writes in one thread that commits in groups.
+    """Reads on the event loop's thread, writes on one thread that commits in groups.
 
-    A point look-up in WAL mode takes less than a hop to a thread, and never waits for the writer. Each statement of the
-    writer gives up the GIL and must win it back from the event loop, hence few statements for many writes.
+    A look-up in WAL mode takes less time than a hop to a thread, and never waits for the writer. Each statement of the
+    writer releases the GIL and must get it back from the event loop, hence few statements for many writes.
     """
 
     def __init__(self, db: Database) -> None:
         super().__init__(db)
-        self._waiting: list[Write] = []  # of this turn of the event loop
+        self._waiting: list[Write] = []  # made in this turn of the event loop
         self._handed_over: SimpleQueue[list[Write] | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
 
@@ -46,7 +46,7 @@ class SqliteStorage(Storage):
         self._writer.start()
 
     async def stop(self) -> None:
-        writer, self._writer = self._writer, None  # from here on writes are refused, not queued behind the end
+        writer, self._writer = self._writer, None  # from here on writes are refused
         if writer is not None:
             self._hand_over()
             self._handed_over.put(None)
@@ -60,17 +60,17 @@ class SqliteStorage(Storage):
         return await anyio.to_thread.run_sync(read_now, self.db, fn, *args)
 
     async def write(self, fn: Callable[..., T], *args: Any) -> T:
-        answer: T = await self._enqueue(fn, args, together=False)
-        return answer
+        result: T = await self._enqueue(fn, args, together=False)
+        return result
 
     async def write_together(self, fn: Callable[[Database, list[Any]], Sequence[T]], item: Any) -> T:
-        answer: T = await self._enqueue(fn, (item,), together=True)
-        return answer
+        result: T = await self._enqueue(fn, (item,), together=True)
+        return result
 
     def _enqueue(self, fn: Callable[..., Any], args: tuple[Any, ...], together: bool) -> asyncio.Future[Any]:
         if self._writer is None:
             raise Unavailable(self._why_refused)
-        if not self._waiting:  # the writer gets all writes of this turn of the loop at once
+        if not self._waiting:  # hand over all writes of this turn at once
             self._loop.call_soon(self._hand_over)
         future = self._loop.create_future()
         self._waiting.append(Write(fn, args, future, together))
@@ -83,11 +83,10 @@ class SqliteStorage(Storage):
 
     def _write_groups(self) -> None:
         while (group := self._next_group()) is not None:
-            answers = self._commit(group)
-            self._loop.call_soon_threadsafe(resolve, group, answers)
+            self._loop.call_soon_threadsafe(resolve, group, self._commit(group))
 
     def _next_group(self) -> list[Write] | None:
-        """All that is waiting, at least one; None once stopped."""
+        """Wait for at least one write; return all that wait, up to about GROUP_LIMIT, or None once stopped."""
         writes = self._handed_over.get()
         if writes is None:
             return None
@@ -101,16 +100,16 @@ class SqliteStorage(Storage):
         return group
 
     def _commit(self, group: list[Write]) -> list[Any]:
-        """An answer for each write of the group: its result, or the exception it must raise.
+        """Commit a group; returns for each write its result, or the exception that it must raise.
 
-        Most groups have no failing write, so a group is first run without savepoints, which cost as much as the
-        writes. If one fails, all is rolled back, and the group is run again with a savepoint around each.
+        Savepoints cost as much as the writes, and few groups have a write that fails: so a group is run without them
+        first. If one fails everything is rolled back, and the group is run again with a savepoint around each write.
         """
         try:
             with unit(self.db):
                 return run_all(self.db, group)
         except Exception as exc:
-            if error_name(exc) == "SQLITE_BUSY":  # waited long enough once
+            if error_name(exc) == "SQLITE_BUSY":  # it has waited for BUSY_TIMEOUT: do not wait again
                 return [Unavailable(sentence_for(exc))] * len(group)
             return self._commit_each(group)
 
@@ -127,7 +126,7 @@ class SqliteStorage(Storage):
             with self.db.atomic():
                 return write.run(self.db)
         except Exception as exc:
-            # A full disk or an I/O error may have ended the whole transaction, the neighbours' writes with it.
+            # A full disk or an I/O error may have rolled back the whole transaction, with the other writes.
             if not self._still_in_transaction() or error_name(exc) not in ("", "SQLITE_CONSTRAINT"):
                 raise GroupFailed from exc
             return exc

@@ -1,11 +1,19 @@
-"""Storage: the two ways in which an asynchronous caller may use a database.
+"""Storage: the service's connection-per-request hook.
+
+A request, or a step of the worker, uses the database through one of four methods:
 
     await storage.read(fn, *args)           fn(db, *args), a short look-up
     await storage.scan(fn, *args)           the same for work that may be long
     await storage.write(fn, *args)          fn(db, *args) in a transaction; returns once the commit is durable
-    await storage.write_together(fn, item)  fn(db, [item, ...]), with all items that are waiting, returns a list
+    await storage.write_together(fn, item)  fn(db, [item, ...]), with all items that are waiting for the same `fn`
 
-`fn` is an ordinary function that uses the database. No connection is ever held across an `await`.
+`fn` is an ordinary function. Each call is one unit of work: on the thread that runs `fn` a connection is checked out of
+the pool, and given back before the caller goes on after its `await`. That happens in one place, `units.connected`,
+which `read_now` enters for reads and `units.unit` for writes. So no connection is held across an `await`, and between
+calls nobody has one.
+
+It is no ASGI middleware, since Peewee keeps the connection by thread: requests share the event loop's thread, and would
+share a connection and its transaction. A write that was answered could be rolled back with another's.
 """
 
 from __future__ import annotations
@@ -28,8 +36,59 @@ STOPPING = "the service is stopping; nothing was stored"
 FORKED = "this process was forked from the one that runs the storage: start one here; nothing was stored"
 
 
+class Storage:
+    """The hook of one database, made by `open.storage_of`; `start` and `stop` run on the event loop that uses it."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self._why_refused = STOPPING
+        forks.follow_state(self)
+
+    def forked(self) -> None:
+        """Refuse everything in a child of a fork: the threads are the parent's."""
+        self._why_refused = FORKED
+
+    async def start(self) -> None:
+        raise NotImplementedError
+
+    async def stop(self) -> None:
+        """Finish every write that was accepted, then close all connections."""
+        raise NotImplementedError
+
+    async def read(self, fn: Callable[..., T], *args: Any) -> T:
+        """Return `fn(db, *args)`, a look-up by key or of one page. Raises Unavailable."""
+        raise NotImplementedError
+
+    async def scan(self, fn: Callable[..., T], *args: Any) -> T:
+        """Return `fn(db, *args)`, which may take long, from a worker thread. Raises Unavailable."""
+        raise NotImplementedError
+
+    async def write(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run `fn(db, *args)` in a transaction; return its result when the commit is durable.
+
+        `fn` must touch nothing but the database: after a transient failure it is run again. Raises what `fn` raises
+        (only its own changes are rolled back then), and Unavailable if they cannot be committed.
+        """
+        raise NotImplementedError
+
+    async def write_together(self, fn: Callable[[Database, list[Any]], Sequence[T]], item: Any) -> T:
+        """Like `write` of `fn(db, [item])[0]`, but one call of `fn` takes the items of all such writes that wait.
+
+        One statement for many items costs little more than for one. Writes are grouped by the identity of `fn`: pass
+        a function of a module, never a lambda or a partial made for the call. `fn` returns a result for each item, in
+        order.
+        """
+        raise NotImplementedError
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Call `wake` on the loop when another process has opened a lane, if the database can tell."""
+
+    def notify(self) -> None:
+        """Tell other processes soon, from any thread, that a lane is open. A lost notice costs them one poll."""
+
+
 def read_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
-    """`fn(db, *args)` on this thread, once more if the connection was lost. Raises Unavailable."""
+    """Return `fn(db, *args)` from this thread; run it again if the connection was lost. Raises Unavailable."""
     try:
         with connected(db):
             return fn(db, *args)
@@ -43,86 +102,39 @@ def read_now(db: Database, fn: Callable[..., T], *args: Any) -> T:
 
 
 class Write(NamedTuple):
+    """A write that waits for its commit; with `together` it is of `write_together`, and `args` is its item alone."""
+
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     future: asyncio.Future[Any]
-    together: bool  # does `fn` take a list of the single argument of every such write, and return a list?
+    together: bool
 
     def run(self, db: Database) -> Any:
         return self.fn(db, list(self.args))[0] if self.together else self.fn(db, *self.args)
 
 
-class Storage:
-    """The connection hook of one database: see `storage_of`. `start` and `stop` belong to the running event loop."""
-
-    def __init__(self, db: Database) -> None:
-        self.db = db
-        self._why_refused = STOPPING
-        forks.follow_state(self)
-
-    def forked(self) -> None:
-        """In a child of a fork: our threads are the parent's, so nothing is taken any more."""
-        self._why_refused = FORKED
-
-    async def start(self) -> None:
-        raise NotImplementedError
-
-    async def stop(self) -> None:
-        """Finish every write that was accepted, then close."""
-        raise NotImplementedError
-
-    async def read(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(db, *args)`, a point look-up or the like. Raises Unavailable if the database cannot be read."""
-        raise NotImplementedError
-
-    async def scan(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(db, *args)` in a worker thread, for what may take long. Raises Unavailable."""
-        raise NotImplementedError
-
-    async def write(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(db, *args)` in a transaction; returns when its commit is durable.
-
-        `fn` touches nothing but the database: it is run again where something passing was in its way. Raises what
-        `fn` raised (then it alone is rolled back), or Unavailable if it could not be committed.
-        """
-        raise NotImplementedError
-
-    async def write_together(self, fn: Callable[[Database, list[Any]], Sequence[T]], item: Any) -> T:
-        """Like `write` of `fn(db, [item])[0]`, but `fn` is called once with the items of all such writes that wait.
-
-        One statement for a whole group costs little more than one for a single write. `fn` returns a result for each
-        item, in order.
-        """
-        raise NotImplementedError
-
-    def listen(self, wake: Callable[[], None]) -> None:
-        """Call `wake` on the loop when another process has queued something, as far as the database can tell."""
-
-    def notify(self) -> None:
-        """Tell the other processes, soon, that something is queued. From any thread; one lost costs them a poll."""
-
-
 def run_all(db: Database, group: Sequence[Write]) -> list[Any]:
-    """The answer of each write, those that can run together in one call."""
-    answers: list[Any] = [None] * len(group)
-    sets: dict[Callable[..., Any], list[int]] = {}
-    for place, write in enumerate(group):
+    """Run each write, those together that share their `fn`; returns their results in the order of the group."""
+    results: list[Any] = [None] * len(group)
+    positions: dict[Callable[..., Any], list[int]] = {}
+    for position, write in enumerate(group):
         if write.together:
-            sets.setdefault(write.fn, []).append(place)
+            positions.setdefault(write.fn, []).append(position)
         else:
-            answers[place] = write.run(db)
-    for function, places in sets.items():
-        results = function(db, [group[place].args[0] for place in places])
-        for place, result in zip(places, results, strict=True):
-            answers[place] = result
-    return answers
+            results[position] = write.run(db)
+    for fn, shared in positions.items():
+        items = [group[position].args[0] for position in shared]
+        for position, result in zip(shared, fn(db, items), strict=True):
+            results[position] = result
+    return results
 
 
-def resolve(group: list[Write], answers: list[Any]) -> None:
-    for write, answer in zip(group, answers, strict=True):
+def resolve(group: list[Write], results: list[Any]) -> None:
+    """Resolve the future of each write with its result, or with the exception that is in its place."""
+    for write, result in zip(group, results, strict=True):
         if write.future.done():  # the client went away
             continue
-        if isinstance(answer, Exception):
-            write.future.set_exception(answer)
+        if isinstance(result, Exception):
+            write.future.set_exception(result)
         else:
-            write.future.set_result(answer)
+            write.future.set_result(result)

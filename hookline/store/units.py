@@ -1,49 +1,60 @@
-"""Units of work: this thread's connection, its transaction, and what the database's failures become.
+"""Units of work: this thread's connection, its transaction, and the errors that the database's failures become.
 
-SQLite is one file; PostgreSQL is reached through psycopg 3. What differs between them is here, in `failures.py`, in
-`sql.py` (text of statements), in `pool.py` and in `sqlite.py` and `postgres.py` (who runs them).
+What each block does, by what this thread has when the block begins:
+
+                     no connection           a connection open    our unit of work    a caller's own transaction
+    ---------------  ----------------------  -------------------  ------------------  --------------------------
+    connected(db)    checks one out of the   uses it, leaves it   uses its            uses its connection
+                     pool, gives it back     open                 connection
+    transaction(db)  the same, with a        begins and ends      is part of it       is a savepoint in it
+                     transaction on it       a transaction
+    unit(db)         like `transaction`      like `transaction`   must not be used    must not be used
+
+Functions of the domain read in `connected` and write in `transaction`. `unit` is for storage, which runs them: every
+`transaction` block inside is part of it. A transaction that no unit has begun is a caller's own (`in_unit`).
+
+All three raise Unavailable for the database's failures, and Invalid for values that it cannot store.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peewee import (
-    Database,
-    DatabaseError,
-    DataError,
-    IntegrityError,
-)
+from peewee import Database, DatabaseError, DataError, IntegrityError
 from playhouse.pool import MaxConnectionsExceeded
 
 from hookline.errors import Invalid, Unavailable
 from hookline.store import forks
 from hookline.store.failures import FAILURES, OF_OPERATORS, TRANSIENT, error_name, is_lost, sentence_for
 
-log = logging.getLogger("hookline")
-
-
-_thread = threading.local()  # `unit_of`: the database of which this thread runs a unit of work of ours
+_thread = threading.local()  # `unit_of`: the database on which this thread runs a unit of work
 forks.in_child(lambda: setattr(_thread, "unit_of", None))
 
 UNSTORABLE = "it has a NUL character or a lone surrogate, or is out of range"
 
 
-class connected:  # a class, because it is on every path
-    """This thread's connection, opened for the block unless the caller already holds one.
+class Unreachable(Unavailable):
+    """No connection could be had: trying again at once would not help."""
 
-    The database's own failures in the block become Unavailable, and values that it cannot store Invalid.
+
+class CommitUnknown(Unavailable):
+    """The connection was lost during the commit: it may have been stored, or not."""
+
+
+class connected:  # a class: it is on every path, and cheaper than a generator
+    """Check a connection out of the pool for the block, unless this thread has one open. See the table above.
+
+    Raises Unreachable if there is none to be had, or if this process is a child that must not use the database.
     """
 
     def __init__(self, db: Database) -> None:
         self.db = db
 
     def __enter__(self) -> None:
-        if forks.inherited:
-            require_own(self.db)
+        if forks.inherited and forks.is_refused(self.db):
+            raise Unreachable(forks.REFUSED)
         self.opened = self.db.is_closed()
         if self.opened:
             try:
@@ -58,30 +69,13 @@ class connected:  # a class, because it is on every path
             return
         if isinstance(exc, FAILURES) or (isinstance(exc, DatabaseError) and error_name(exc) in OF_OPERATORS):
             raise Unavailable(sentence_for(exc)) from exc
-        if isinstance(exc, (DataError, UnicodeEncodeError)):  # whose own words may quote a secret
+        if isinstance(exc, (DataError, UnicodeEncodeError)):  # its own message may quote a secret
             raise Invalid(f"the database cannot store one of these values: {UNSTORABLE}") from exc
-
-
-class Unreachable(Unavailable):
-    """No connection could be had: trying again at once would not help."""
-
-
-def require_own(db: Database) -> None:
-    """Raises Unreachable in a child of a fork that must not use this database: see forks.py."""
-    if forks.is_refused(db):
-        raise Unreachable(forks.REFUSED)
-
-
-class Unknown(Unavailable):
-    """The connection was lost while it was committing."""
 
 
 @contextmanager
 def transaction(db: Database) -> Iterator[None]:
-    """One unit of work: committed at the end of the block, or, inside a caller's transaction, a savepoint of it.
-
-    Inside a unit that is open already it is a part of that. Failures become Unavailable.
-    """
+    """Commit at the end of the block, or roll back; part of the unit of work or transaction that is open already."""
     if in_unit(db):
         yield
         return
@@ -97,7 +91,7 @@ def transaction(db: Database) -> Iterator[None]:
 
 @contextmanager
 def unit(db: Database) -> Iterator[None]:
-    """A transaction that `transaction` blocks inside it are part of, without savepoints of their own."""
+    """Begin a transaction that `transaction` blocks inside are part of. Raises CommitUnknown, Unavailable."""
     done = False
     try:
         with connected(db), db.atomic():
@@ -109,10 +103,10 @@ def unit(db: Database) -> Iterator[None]:
                 _thread.unit_of = None
     except Unavailable as exc:
         if done and is_lost(exc):
-            raise Unknown("the database went away in the middle: it may have been stored, or not") from exc
+            raise CommitUnknown("the database went away in the middle: it may have been stored, or not") from exc
         raise
 
 
 def in_unit(db: Database) -> bool:
-    """Does this thread run a unit of work of ours? If not, a transaction that is open is the caller's own."""
+    """Does this thread run a unit of work on `db`? If not, a transaction that is open is the caller's own."""
     return getattr(_thread, "unit_of", None) is db

@@ -39,7 +39,7 @@ OTHERS = """
 
 
 class Intent(Enum):
-    """How a copy begins. The values are for the user, behind "would" or "to do:"."""
+    """The beginning of a copy. The values are for the user, behind "would" or "to do:"."""
 
     CREATE = "create and migrate the target"
     MIGRATE = "migrate the target, which has none of our tables"
@@ -119,7 +119,7 @@ def _require_migrated(source: Database) -> None:
 
 
 def _intent(source: Database, target: Database, overwrite: bool) -> Intent:
-    """How to begin with the target as it is. Raises Conflict."""
+    """Decide how to begin with the target as it is. Raises Conflict."""
     existing = set(target.get_tables())
     ours = [table.name for table in TABLES if table.name in existing]
     if not ours:

@@ -58,7 +58,7 @@ class Report:
         self.contested += [f"{webhook_id}: deleted here since it was imported: left out" for webhook_id in plan.deleted]
 
 
-def import_file(
+def import_file(  # noqa: PLR0913 - each is an option of the command
     db: Database,
     path: Path,
     *,

@@ -1,4 +1,4 @@
-"""How far long work has come, told to a caller that shows it."""
+"""Progress of long work, reported to a caller that shows it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How many requests one process may have in flight, in all and to one webhook. Thread-safe: whoever publishes asks.
+"""Bounds on the requests that one process has in flight, in all and to one webhook. Thread-safe: publishers ask.
 
-A lease that is committed takes a slot, or is given back at once where none is left. Until its commit it counts within
-its own transaction alone (`events.Uncommitted`): one that is rolled back, or stays open for long, holds no slot.
+A lease takes a slot when it is committed, or is given back at once if none is left. Until its commit it counts within
+its own transaction alone (see events.py): one that is rolled back, or stays open for long, holds no slot.
 """
 
 from __future__ import annotations
@@ -18,41 +18,46 @@ class Capacity:
 
     def __init__(self, total: int, per_webhook: int) -> None:
         self.total, self.per_webhook = total, per_webhook
-        self._held: Counter[str] = Counter()
+        self._in_flight: Counter[str] = Counter()  # by webhook
         self._in_all = 0  # the sum of these
         self._blocked: dict[str, int] = {}
         self._closed = False
         self._lock = threading.Lock()
 
     def take(self, webhook_ids: Sequence[str]) -> list[bool]:
-        """Take a slot for each of these, as far as there are any; which of them have got one."""
+        """Take a slot for each of these webhooks as far as there are any; returns which of them have got one."""
         with self._lock:
             return [self._take(webhook_id) for webhook_id in webhook_ids]
 
     def _take(self, webhook_id: str) -> bool:
-        if self._in_all >= self._limit or self._held[webhook_id] >= self.per_webhook or webhook_id in self._blocked:
+        is_saturated = self._in_flight[webhook_id] >= self.per_webhook or webhook_id in self._blocked
+        if self._in_all >= self._limit or is_saturated:
             return False
         self._in_all += 1
-        self._held[webhook_id] += 1
+        self._in_flight[webhook_id] += 1
         return True
 
     def give_back(self, webhook_ids: Iterable[str]) -> None:
+        """Free a slot of each of these webhooks."""
         with self._lock:
             for webhook_id in webhook_ids:
                 self._in_all -= 1
-                self._held[webhook_id] -= 1
-                if not self._held[webhook_id]:
-                    del self._held[webhook_id]
+                self._in_flight[webhook_id] -= 1
+                if not self._in_flight[webhook_id]:
+                    del self._in_flight[webhook_id]
 
-    def block(self, webhook_id: str, waiting: int) -> None:
-        """A lock keeps so many results of this webhook from being recorded: they hold no slot, and it gets no more."""
+    def block(self, webhook_id: str, results: int) -> None:
+        """Give this webhook no slot while a lock keeps `results` of it from being recorded; these hold none. 0 ends it.
+
+        Blocked results may double `total` at most.
+        """
         with self._lock:
-            self._blocked[webhook_id] = waiting
-            if not waiting:
+            self._blocked[webhook_id] = results
+            if not results:
                 del self._blocked[webhook_id]
 
     def close(self) -> None:
-        """From now on no slot is free."""
+        """Have no free slot from now on."""
         self._closed = True
 
     @property
@@ -64,15 +69,13 @@ class Capacity:
         with self._lock:
             return max(self._limit - self._in_all, 0)
 
-    @property
-    def saturated(self) -> list[str]:
-        """The webhooks that get no more for now."""
-        with self._lock:
-            full = [one for one, held in self._held.items() if held >= self.per_webhook and one not in self._blocked]
-            return [*self._blocked, *full]
-
     def slots(self) -> Slots:
-        """What is left, for who leases."""
+        """The free slots, and those of each webhook; one that is blocked counts as saturated."""
         with self._lock:
-            held = {**self._held, **dict.fromkeys(self._blocked, self.per_webhook)}
-            return Slots(max(self._limit - self._in_all, 0), self.per_webhook, held)
+            in_flight = {**self._in_flight, **dict.fromkeys(self._blocked, self.per_webhook)}
+            return Slots(max(self._limit - self._in_all, 0), self.per_webhook, in_flight)
+
+
+def saturated(slots: Slots) -> list[str]:
+    """The webhooks that get no more slots for now."""
+    return [webhook_id for webhook_id, in_flight in slots.in_flight.items() if in_flight >= slots.per_webhook]

@@ -1,4 +1,4 @@
-"""Heartbeats: each worker says every few seconds that it is there, so that processes without one can tell."""
+"""Heartbeats: each worker renews its row every few seconds, so that processes without one know that it runs."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ log = logging.getLogger("hookline")
 
 EVERY = 10.0  # seconds between beats
 ALIVE = timedelta(seconds=30)  # since the last beat; also how far the clocks of two machines may differ
-FORGOTTEN = timedelta(days=1)  # what is left of a worker that was killed
+FORGOTTEN = timedelta(days=1)  # since the last beat of a worker that was killed
 NONE_BEATS = "no worker beats: start one with  python manage.py worker , or set RUN_WORKER=true"
 
 
-async def keep(storage: Storage, every: float = EVERY) -> None:
-    """Beat until cancelled, then take the row away. The storage must outlive this."""
+async def beat_forever(storage: Storage) -> None:
+    """Beat until cancelled, then delete the row. The storage must outlive this."""
     worker_id, started_at = f"wrk_{uuid7()}", clock.now()
     try:
         while True:
             try:
                 await storage.write(beat, worker_id, started_at)
-            except Unavailable:  # the worker says so
+            except Unavailable:  # the worker logs it
                 pass
-            except Exception:  # whatever it is, the next one comes
+            except Exception:  # whatever it is, the next beat comes
                 log.exception("the heartbeat could not be written")
-            await asyncio.sleep(every)
+            await asyncio.sleep(EVERY)
     finally:
         with suppress(Unavailable):
             await storage.write(leave, worker_id)
 
 
 def beat(db: Database, worker_id: str, started_at: datetime) -> None:
-    """Say that this worker is there, and forget those that have long been silent. Raises Unavailable."""
+    """Renew the row of this worker, and delete those that have long been silent. Raises Unavailable."""
     now = clock.now()
     row = {"worker_id": worker_id, "host": socket.gethostname(), "started_at": started_at, "beat_at": now}
     with transaction(db):
@@ -54,13 +54,13 @@ def beat(db: Database, worker_id: str, started_at: datetime) -> None:
 
 
 def leave(db: Database, worker_id: str) -> None:
-    """Forget a worker. Raises Unavailable."""
+    """Delete the row of a worker. Raises Unavailable."""
     with transaction(db):
         Heartbeat.delete().where(Heartbeat.worker_id == worker_id).execute(db)
 
 
 def problem(db: Database) -> str | None:
-    """What is wrong if no worker beats anywhere, else None. Raises Unavailable."""
+    """A sentence if no worker beats anywhere, else None. Raises Unavailable."""
     now = clock.now()
     alive = Heartbeat.select(Heartbeat.worker_id).where(Heartbeat.beat_at.between(now - ALIVE, now + ALIVE)).limit(1)
     with connected(db):

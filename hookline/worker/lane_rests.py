@@ -1,15 +1,15 @@
-"""How long a lane rests: what follows from attempts, and from changes that remove what it rests for.
+"""Set how long lanes rest after attempts. Every function runs inside one unit of work.
 
-Every function runs inside one unit of work. Who settles an attempt may have begun it before its webhook was changed.
+A job may have been claimed before its webhook was changed. Its attempt counts for the lane as far as it was made as it
+would be made now.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from peewee import Database
 
@@ -17,143 +17,168 @@ from hookline import clock
 from hookline.lanes import in_order_sql
 from hookline.store import sql
 from hookline.tables import read_time, stored_time
-
-if TYPE_CHECKING:
-    from hookline.worker.jobs import Job, Settled
+from hookline.worker.jobs import Job, Settled
 
 
 class Endpoint(NamedTuple):
-    """What a webhook is by now, and whether the delivery still waits: who settles may have begun before a change."""
+    """The webhook of a delivery as it is now, and whether the delivery is still pending."""
 
+    delivery_id: int
     url: str
     headers: str | None
-    ordered: bool
+    ordered: bool | None
     rate_limit: float | None
-    waits: bool
+    is_pending: bool
 
     def is_another(self, job: Job) -> bool:
         return (self.url, self.headers) != (job.url, job.headers)
 
 
-@dataclass
-class Change:
-    """Of a lane. `opens`: None is at once. `closed`: until when it was closed for the delivery that changes it."""
+class LaneChange(NamedTuple):
+    """The rest that the attempts of a batch give to a lane."""
 
-    due: datetime
-    opens: datetime | None
+    due_at: datetime
+    opens_at: datetime | None  # None: at once
     failures: int
-    closed: str | None
-    is_asked: bool  # did the endpoint say when to come again?
+    closed_until: str | None  # for the job that changes it
+    is_asked: bool  # by the endpoint, that it opens no earlier
 
 
-def settle(db: Database, settled: Sequence[Settled], now: str) -> list[Settled]:
-    """Change the lanes of what is tried again, and those that were closed for an attempt. Most need no change.
+def settle(db: Database, batch: Sequence[Settled], now: str) -> list[Settled]:
+    """Change the lanes of deliveries that are tried again, and those that were closed for a job; most are neither.
 
     Returns the failures of endpoints that are still those of their webhooks.
     """
-    concerned = [one for one in settled if one.job.exclusive or not one.is_success]
+    concerned = [settled for settled in batch if settled.job.is_exclusive or settled.settlement.counts_as_failure]
     if not concerned:
         return []
-    found = _endpoints(db, concerned)
-    _put_in_the_queue(db, concerned, found)
+    endpoints = _endpoints(db, concerned)
+    _end_strict_order(db, concerned, endpoints)
     changes = [
-        (webhook_id, stored_time(one.due), one.opens and stored_time(one.opens), one.failures, one.closed)
-        for webhook_id, one in _lanes_after(settled, found, clock.now()).items()
+        (
+            webhook_id,
+            stored_time(change.due_at),
+            change.opens_at and stored_time(change.opens_at),
+            change.failures,
+            change.closed_until,
+        )
+        for webhook_id, change in _changes(batch, endpoints, clock.now()).items()
     ]
-    db.execute_sql(lanes_sql(db), (sql.parameter(changes), now))
-    known = [one for one in concerned if not one.is_success and one.job.delivery_id in found]
-    return [one for one in known if not found[one.job.delivery_id].is_another(one.job)]
+    db.execute_sql(lanes_sql(db), {"new_rests": sql.encoded(changes), "now": now})
+    return [
+        settled
+        for settled in concerned
+        if settled.settlement.counts_as_failure
+        and (endpoint := endpoints.get(settled.job.delivery_id))
+        and not endpoint.is_another(settled.job)
+    ]
 
 
-def _endpoints(db: Database, settled: Sequence[Settled]) -> dict[int, Endpoint]:
-    """By delivery."""
+def _endpoints(db: Database, batch: Sequence[Settled]) -> dict[int, Endpoint]:
+    """The endpoints by delivery_id, of deliveries that have not been deleted."""
     select = (
         "SELECT d.delivery_id, w.url, w.headers, w.ordered, w.rate_limit, d.status = 'pending' "
-        f"FROM {sql.rows(db, 'id bigint')} CROSS JOIN deliveries d CROSS JOIN webhooks w "
-        "WHERE d.delivery_id = given.id AND w.webhook_id = d.webhook_id"
+        f"FROM {sql.values(db, 'ids', 'id bigint')} CROSS JOIN deliveries d CROSS JOIN webhooks w "
+        "WHERE d.delivery_id = ids.id AND w.webhook_id = d.webhook_id"
     )
-    rows = db.execute_sql(select, (sql.ids(one.job.delivery_id for one in settled),)).fetchall()
-    return {delivery_id: Endpoint(*rest) for delivery_id, *rest in rows}
+    ids = sql.encoded_ids(settled.job.delivery_id for settled in batch)
+    return {row[0]: Endpoint(*row) for row in db.execute_sql(select, {"ids": ids}).fetchall()}
 
 
-def _put_in_the_queue(db: Database, settled: Sequence[Settled], found: Mapping[int, Endpoint]) -> None:
-    """Give those that kept strict order, which has been ended meanwhile, the time of their next attempt."""
+def _end_strict_order(db: Database, batch: Sequence[Settled], endpoints: Mapping[int, Endpoint]) -> None:
+    """Give deliveries whose webhook has left strict order meanwhile the time of their next attempt."""
     due = [
         (job.delivery_id, stored_time(settlement.next_attempt_at))
-        for job, _, settlement in settled
+        for job, _, settlement in batch
         if job.ordered
         and settlement.next_attempt_at
-        and job.delivery_id in found
-        and not found[job.delivery_id].ordered
+        and (endpoint := endpoints.get(job.delivery_id))
+        and not endpoint.ordered
     ]
     if due:
         statement = f"""
-            UPDATE deliveries SET next_attempt_at = given.due FROM {sql.rows(db, "id bigint", "due timestamptz")}
-            WHERE delivery_id = given.id AND status = 'pending' AND NOT leased AND {in_order_sql("deliveries")}"""
-        db.execute_sql(statement, (sql.parameter(due),))
+            UPDATE deliveries SET next_attempt_at = due.due_at
+            FROM {sql.values(db, "due", "id bigint", "due_at timestamptz")}
+            WHERE delivery_id = due.id AND status = 'pending' AND NOT leased AND {in_order_sql("deliveries")}"""
+        db.execute_sql(statement, {"due": sql.encoded(due)})
 
 
-def _lanes_after(settled: Iterable[Settled], found: Mapping[int, Endpoint], now: datetime) -> dict[str, Change]:
-    """By webhook. What was sent while the lane was closed for it comes first: it says what becomes of the lane.
+def _changes(batch: Iterable[Settled], endpoints: Mapping[int, Endpoint], now: datetime) -> dict[str, LaneChange]:
+    """The change of each lane, by webhook_id. A job for which the lane was closed comes first: it decides.
 
     Of the others a failure rests the lane, and a success opens it again, but not before the endpoint asked for.
     """
-    changes: dict[str, Change] = {}
-    for one in sorted(settled, key=lambda one: (not one.job.exclusive, one.job.closed_until or "")):
-        job, before = one.job, changes.get(one.job.webhook_id)
-        if job.exclusive or not one.is_success:
-            if (endpoint := found.get(job.delivery_id)) is None:
-                continue
-            change = _change_after(one, endpoint, now)
-            if before is None or job.exclusive:
-                changes[job.webhook_id] = change
-            elif change.opens and (change.is_asked or before.closed is None):
-                before.opens = before.due = max(before.opens or change.opens, change.opens)
-                before.failures = max(before.failures, change.failures)
-                before.is_asked |= change.is_asked
-        elif before is not None and before.closed is None and not before.is_asked:
-            before.opens, before.failures = None, 0  # it works again
+    changes: dict[str, LaneChange] = {}
+    for settled in sorted(batch, key=_exclusive_first):
+        job, before = settled.job, changes.get(settled.job.webhook_id)
+        if job.is_exclusive or settled.settlement.counts_as_failure:
+            if endpoint := endpoints.get(job.delivery_id):
+                change = _change_after(settled, endpoint, now)
+                changes[job.webhook_id] = change if before is None or job.is_exclusive else _longer(before, change)
+        elif before is not None and before.closed_until is None and not before.is_asked:
+            changes[job.webhook_id] = before._replace(opens_at=None, failures=0)  # it works again
     return changes
 
 
-def _change_after(one: Settled, endpoint: Endpoint, now: datetime) -> Change:
-    """What one attempt means for its lane, as far as it was made as it would be now."""
-    job, result, settlement = one
+def _exclusive_first(settled: Settled) -> tuple[bool, str]:
+    return not settled.job.is_exclusive, settled.job.lane.closed_until or ""
+
+
+def _change_after(settled: Settled, endpoint: Endpoint, now: datetime) -> LaneChange:
+    """The change by one attempt alone."""
+    job, _, settlement = settled
+    is_failure = settlement.counts_as_failure and not endpoint.is_another(job)
     times: list[datetime | None] = []
     if endpoint.rate_limit and job.rate_limit and endpoint.rate_limit <= job.rate_limit:
-        times.append(read_time(job.opens_at))
-    if one.is_success or endpoint.is_another(job):
-        failures = 0
-    else:
-        failures = job.failures + 1
+        times.append(read_time(job.lane.opens_at))
+    if is_failure:
         times.append(settlement.lane_opens_at)
-        if job.ordered and endpoint.ordered and endpoint.waits:
+        if job.ordered and endpoint.ordered and endpoint.is_pending:
             times.append(settlement.next_attempt_at)
-    opens = max((time for time in times if time is not None), default=None)
-    return Change(opens or now, opens, failures, job.closed_until, bool(failures and result.retry_after))
+    opens_at = max((time for time in times if time is not None), default=None)
+    return LaneChange(
+        due_at=opens_at or now,
+        opens_at=opens_at,
+        failures=job.lane.failures + 1 if is_failure else 0,
+        closed_until=job.lane.closed_until,
+        is_asked=is_failure and settlement.is_asked,
+    )
+
+
+def _longer(before: LaneChange, change: LaneChange) -> LaneChange:
+    """The change by both. A lane that was closed for a job rests longer only if the endpoint asks for it."""
+    if change.opens_at is None or (before.closed_until is not None and not change.is_asked):
+        return before
+    opens_at = max(before.opens_at or change.opens_at, change.opens_at)
+    return before._replace(
+        due_at=opens_at,
+        opens_at=opens_at,
+        failures=max(before.failures, change.failures),
+        is_asked=before.is_asked or change.is_asked,
+    )
 
 
 @lru_cache(maxsize=8)
 def lanes_sql(db: Database) -> str:
-    """A lane that rests is opened only by the delivery for which it was closed; a failure of another may prolong that.
+    """A lane that rests is opened only by the job for which it was closed; a failure of another may prolong that.
 
-    So neither what was begun before nor what is settled a second time opens a lane while another delivery is made, or
+    So neither a job from before nor one that is settled a second time opens a lane while another delivery is made, or
     before the endpoint has asked for.
     """
-    rows = sql.rows(db, "id", "due timestamptz", "opens timestamptz", "failed integer", "closed timestamptz")
+    columns = ("id", "due_at timestamptz", "open_at timestamptz", "failures integer", "closed_until timestamptz")
     sooner = sql.sooner(db, "lanes.due_at", "excluded.due_at")
     more = sql.later(db, "lanes.failures", "excluded.failures")
     longer = sql.later(db, "lanes.open_at", "excluded.open_at")
-    closed_for_it = "EXISTS (SELECT 1 FROM changes c WHERE c.id = lanes.webhook_id AND c.closed = lanes.open_at)"
+    closed_for_it = "EXISTS (SELECT 1 FROM changes c WHERE c.id = lanes.webhook_id AND c.closed_until = lanes.open_at)"
     opens = f"CASE WHEN {closed_for_it} THEN excluded.open_at ELSE {longer} END"
     return f"""
         WITH changes AS (
-            SELECT given.id, due, opens, failed, closed
-            FROM {rows} CROSS JOIN webhooks w WHERE w.webhook_id = given.id)
+            SELECT new_rests.* FROM {sql.values(db, "new_rests", *columns)}
+            CROSS JOIN webhooks w WHERE w.webhook_id = new_rests.id)
         INSERT INTO lanes (webhook_id, due_at, open_at, failures)
-        SELECT id, due, opens, failed FROM changes WHERE TRUE ORDER BY id
+        SELECT id, due_at, open_at, failures FROM changes WHERE TRUE ORDER BY id
         ON CONFLICT (webhook_id) DO UPDATE SET
             failures = CASE WHEN excluded.failures = 0 THEN 0 ELSE {more} END,
             open_at = CASE WHEN excluded.open_at IS NULL THEN NULL ELSE {opens} END,
             due_at = CASE WHEN excluded.open_at IS NULL THEN {sooner} ELSE {opens} END
-        WHERE NOT coalesce(lanes.open_at > {sql.moment(db)}, FALSE) OR excluded.failures > 0 OR {closed_for_it}"""
+        WHERE NOT coalesce(lanes.open_at > {sql.time(db, "now")}, FALSE) OR excluded.failures > 0 OR {closed_for_it}"""

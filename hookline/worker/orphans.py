@@ -1,6 +1,7 @@
-"""Rows whose webhook, event or delivery is gone: left by a tool that does not enforce SQLite's foreign keys.
+"""Remove orphans: rows whose webhook, event or delivery is gone.
 
-PostgreSQL always enforces them. Workers look through every table in short steps, a few keys in each sweep.
+Tools that do not enforce SQLite's foreign keys leave them behind; PostgreSQL always enforces them. Sweeps look through
+every table in short steps, a few keys each time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hookline.store.units import connected
 
 log = logging.getLogger("hookline")
 
-KEYS = 1000  # looked at in one go
+KEYS = 1000  # looked at in one step
 ROWS = 500  # deleted in one unit of work
 
 
@@ -28,7 +29,7 @@ class Reference(NamedTuple):
     column: str
     parent: str
     primary_key: str  # of its own table
-    least: Any = ""  # not more than any value
+    least: Any = ""  # below every value
 
 
 REFERENCES = (
@@ -47,8 +48,7 @@ async def sweep(storage: Storage, positions: Positions) -> None:
     if is_postgres(storage.db):
         return
     for reference in REFERENCES:
-        after = positions.get(reference, reference.least)
-        keys, positions[reference] = await storage.scan(find, reference, after)
+        keys, positions[reference] = await storage.scan(find, reference, positions.get(reference, reference.least))
         removed = batch = await storage.write(remove, reference, keys) if keys else 0
         while batch == ROWS:
             removed += (batch := await storage.write(remove, reference, keys))
@@ -58,23 +58,24 @@ async def sweep(storage: Storage, positions: Positions) -> None:
 
 
 def find(db: Database, reference: Reference, after: Any) -> tuple[list[Any], Any]:
-    """Of the next KEYS values behind `after` those that point nowhere; and from where to go on.
+    """Of the next KEYS values behind `after` those that point nowhere; and the value to go on from.
 
     Skips along the index from value to value. Raises Unavailable.
     """
     table, column, parent, _, least = reference
     statement = f"""
-        WITH RECURSIVE found (id, place) AS (
-            SELECT (SELECT min({column}) FROM {table} WHERE {column} > {db.param}), 1
+        WITH RECURSIVE used (key, position) AS (
+            SELECT (SELECT min({column}) FROM {table} WHERE {column} > {sql.param(db, "after")}), 1
             UNION ALL
-            SELECT (SELECT min({column}) FROM {table} WHERE {column} > found.id), place + 1 FROM found
-            WHERE id IS NOT NULL AND place < {KEYS}
+            SELECT (SELECT min({column}) FROM {table} WHERE {column} > used.key), position + 1 FROM used
+            WHERE key IS NOT NULL AND position < {KEYS}
         )
-        SELECT id, NOT EXISTS (SELECT 1 FROM {parent} p WHERE p.{column} = found.id)
-        FROM found WHERE id IS NOT NULL ORDER BY place"""
+        SELECT key, NOT EXISTS (SELECT 1 FROM {parent} p WHERE p.{column} = used.key)
+        FROM used WHERE key IS NOT NULL ORDER BY position"""
     with connected(db):
-        found = db.execute_sql(statement, (after,)).fetchall()
-    return [key for key, is_orphan in found if is_orphan], found[-1][0] if len(found) == KEYS else least
+        rows = db.execute_sql(statement, {"after": after}).fetchall()
+    last, _ = rows[-1] if len(rows) == KEYS else (least, None)
+    return [key for key, is_orphan in rows if is_orphan], last
 
 
 def remove(db: Database, reference: Reference, keys: list[Any]) -> int:
@@ -83,7 +84,7 @@ def remove(db: Database, reference: Reference, keys: list[Any]) -> int:
     statement = f"""
         DELETE FROM {table} WHERE ({primary_key}) IN (
             SELECT {primary_key} FROM {table} t
-            WHERE t.{column} IN (SELECT id FROM {sql.rows(db, "id")})
+            WHERE t.{column} IN (SELECT id FROM {sql.values(db, "keys", "id")})
                   AND NOT EXISTS (SELECT 1 FROM {parent} p WHERE p.{column} = t.{column})
             LIMIT {ROWS})"""
-    return int(db.execute_sql(statement, (sql.ids(keys),)).rowcount)
+    return int(db.execute_sql(statement, {"keys": sql.encoded_ids(keys)}).rowcount)

@@ -1,4 +1,4 @@
-"""What the log tells of endpoints: that one fails, works again or was disabled, and which deliveries were given up.
+"""Lines in the log about endpoints: one fails, works again or was disabled, and deliveries were given up.
 
 A line names the webhook, never its URL, its secret, a body or an answer's text.
 """
@@ -9,75 +9,81 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from hookline.tables import stored_time
 from hookline.webhooks import log_disabled
-
-if TYPE_CHECKING:
-    from hookline.worker.jobs import Settled
-    from hookline.worker.settling import Outcomes
+from hookline.worker.jobs import Settled
+from hookline.worker.settling import Outcomes
 
 log = logging.getLogger("hookline")
 
 REST = 60.0  # seconds between two lines that say whether a webhook fails
-MOST = 10_000  # webhooks of which it is known what was said last
+MOST = 10_000  # webhooks of which the last line is known
 
 
-class Said(NamedTuple):
-    """The last line about a webhook. `at` is of time.monotonic()."""
+class Report(NamedTuple):
+    """Whether an endpoint fails, and how. `at` is of time.monotonic()."""
 
     fails: bool
     at: float
+    failure: str = ""
 
 
 class Reports:
-    """The lines of one worker. What is said of each webhook at most once a minute is its state after that minute."""
+    """The lines of one worker. Each webhook gets one a minute at most, which tells its state after that minute."""
 
     def __init__(self) -> None:
-        self._said: OrderedDict[str, Said] = OrderedDict()
-        self._unsaid: dict[str, Settled] = {}  # the last result of webhooks that are otherwise than was said last
+        self._said: OrderedDict[str, Report] = OrderedDict()  # by webhook
+        self.unsaid: dict[str, Report] = {}  # by webhook, the latest of those whose state is not the one last said
 
-    def recorded(self, settled: Iterable[Settled], outcomes: Outcomes) -> None:
-        """Tell of what has been committed."""
-        for one in settled:
-            if not one.is_success or one.job.webhook_id in self._said:
-                self._notice(one)
-        for one in outcomes.failed:
-            log.warning("delivery %s to webhook %s has failed for good: %s", one.job.delivery_id, *_failure(one))
+    def recorded(self, batch: Iterable[Settled], outcomes: Outcomes) -> None:
+        """Report what has been committed."""
+        for settled in batch:
+            webhook_id, fails = settled.job.webhook_id, settled.settlement.counts_as_failure
+            if fails or webhook_id in self._said:
+                failure = failure_of(settled) if fails else ""
+                self._report(webhook_id, Report(fails, time.monotonic(), failure))
+        for settled in outcomes.failed:
+            job = settled.job
+            log.warning(
+                "delivery %s to webhook %s has failed for good: %s",
+                job.delivery_id,
+                job.webhook_id,
+                failure_of(settled),
+            )
         for webhook_id, why in outcomes.disabled.items():
             log_disabled(webhook_id, why)
 
     def catch_up(self) -> None:
-        """Tell what could not be told yet."""
-        for one in list(self._unsaid.values()):
-            self._notice(one)
+        """Report what could not be reported within the minute."""
+        for webhook_id, report in list(self.unsaid.items()):
+            self._report(webhook_id, report._replace(at=time.monotonic()))
 
-    def _notice(self, one: Settled) -> None:
-        webhook_id, fails, now = one.job.webhook_id, not one.is_success, time.monotonic()
-        said = self._said.get(webhook_id, Said(False, now - REST))
-        self._unsaid.pop(webhook_id, None)
-        if fails is said.fails:
-            if not fails and now - said.at >= REST:
+    def _report(self, webhook_id: str, report: Report) -> None:
+        said = self._said.get(webhook_id, Report(False, report.at - REST))
+        self.unsaid.pop(webhook_id, None)
+        if report.fails is said.fails:
+            if not report.fails and report.at - said.at >= REST:
                 self._said.pop(webhook_id, None)
             return
-        if now - said.at < REST:
-            self._unsaid[webhook_id] = one._replace(job=one.job._replace(body=b""))  # which may be large
+        if report.at - said.at < REST:
+            self.unsaid[webhook_id] = report
             return
-        self._said[webhook_id] = Said(fails, now)
+        self._said[webhook_id] = report
         self._said.move_to_end(webhook_id)
-        if fails:
-            log.warning("webhook %s fails: %s", *_failure(one))
+        if report.fails:
+            log.warning("webhook %s fails: %s", webhook_id, report.failure)
         else:
             log.warning("webhook %s works again", webhook_id)
         if len(self._said) > MOST:
-            forgotten, _ = self._said.popitem(last=False)
-            self._unsaid.pop(forgotten, None)
+            oldest, _ = self._said.popitem(last=False)
+            self.unsaid.pop(oldest, None)
 
 
-def _failure(one: Settled) -> tuple[str, str]:
-    """The webhook, and how an attempt failed."""
-    job, result, settlement = one
+def failure_of(settled: Settled) -> str:
+    """A sentence about a failed attempt."""
+    job, result, settlement = settled
     next_at = settlement.next_attempt_at
     then = f"the next one at {stored_time(next_at)[:19]}Z" if next_at else "the last one"
-    return job.webhook_id, f"{result.error} (event type {job.event_type}, attempt {job.attempts + 1}, {then})"
+    return f"{result.error} (event type {job.event_type}, attempt {job.attempts + 1}, {then})"

@@ -1,48 +1,87 @@
-"""What finds the deliveries that nobody has any more: leases that ran out, and times that a clock set far ahead.
+"""Sweep: find what would otherwise be sent never or too late, or stay for ever; in short steps, to hold up no writer.
 
-All in short steps, so that no writer is held up, however much waits.
+Every half lease: leases that have expired, secrets that have expired, and rows of deleted parents. At the start, when
+the clock has gone back, and now and then: times that a clock which was ahead has set.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
+import time
+from collections.abc import Callable
 
-from peewee import Database
-
-from hookline import clock
-from hookline.store import sql
-from hookline.store.units import connected
-from hookline.tables import stored_time
+from hookline import clock, lanes, rotation
+from hookline.errors import Unavailable
+from hookline.policy import Rules
+from hookline.store.storage import Storage
+from hookline.worker import clock_jumps, expired_leases, orphans
 
 log = logging.getLogger("hookline")
 
-WEBHOOKS = 1000  # looked at in one go
-PENDING = "FROM deliveries d WHERE d.status = 'pending'"
+LOOKS = 0.01  # of the time, at most, is spent on looking for what a clock that was ahead has set
 
 
-def overdue(db: Database, after: str = "") -> tuple[list[str], str | None]:
-    """Of the next webhooks for which something waits, by id, those whose lane should be open: leases that ran out.
+class Sweeper:
+    """The sweeps of one worker. `wake` is called when lanes have become due."""
 
-    And the id to go on from, if any. Skips along the index from webhook to webhook. Raises Unavailable.
-    """
-    moment = sql.moment(db)
-    statement = f"""{waiting(db)}
-        SELECT id, (SELECT min(d.next_attempt_at) {PENDING} AND d.webhook_id = waiting.id) <= {moment} AND NOT EXISTS (
-            SELECT 1 FROM lanes l WHERE l.webhook_id = waiting.id AND (l.due_at <= {moment} OR l.open_at > {moment}))
-        FROM waiting WHERE id IS NOT NULL ORDER BY place"""
-    now = stored_time(clock.now())
-    with connected(db):
-        found = db.execute_sql(statement, (after, now, now, now)).fetchall()
-    last = found[-1][0] if len(found) == WEBHOOKS else None
-    return [webhook_id for webhook_id, is_late in found if is_late], last
+    def __init__(self, storage: Storage, rules: Rules, wake: Callable[[], None]) -> None:
+        self.storage, self.rules, self.wake = storage, rules, wake
+        self.sweeps = 0  # that have ended
+        self._sweeping: asyncio.Task[None] | None = None
+        self._next_sweep = 0.0  # of time.monotonic()
+        self._next_look = 0.0  # of time.monotonic(): for what a clock that was ahead has set
+        self._offset = clock.now().timestamp() - time.monotonic()  # of the clock, to notice that it went back
+        self._orphans: orphans.Positions = {}
 
+    def start_if_due(self) -> None:
+        """Start a sweep beside the caller if the last one began half a lease ago, or the clock has gone back since."""
+        now = time.monotonic()
+        went_back = self._offset - (clock.now().timestamp() - now)
+        self._offset -= went_back
+        if went_back > clock_jumps.JUMP:  # less is no more than a wait
+            log.warning("the clock went back by %.0f s", went_back)
+            self._next_look = self._next_sweep = 0
+        if now >= self._next_sweep and (self._sweeping is None or self._sweeping.done()):
+            self._next_sweep = now + self.rules.lease / 2
+            self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
 
-def waiting(db: Database) -> str:
-    """`waiting (id, place)`: the next webhooks, behind the one in a parameter, for which something waits."""
-    return f"""
-        WITH RECURSIVE waiting (id, place) AS (
-            SELECT (SELECT min(d.webhook_id) {PENDING} AND d.webhook_id > {db.param}), 1
-            UNION ALL
-            SELECT (SELECT min(d.webhook_id) {PENDING} AND d.webhook_id > waiting.id), place + 1 FROM waiting
-            WHERE id IS NOT NULL AND place < {WEBHOOKS}
-        )"""
+    async def stop(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
+
+    async def _sweep(self) -> None:
+        try:
+            if time.monotonic() >= self._next_look:
+                await self._bring_forward()
+            await rotation.erase_all(self.storage)
+            await self._reopen_lanes()
+            await orphans.sweep(self.storage, self._orphans)
+        except Unavailable as exc:
+            log.warning("expired leases are looked for later: %s", exc)
+        except Exception:  # whatever it is, the next sweep comes
+            log.exception("looking for expired leases failed")
+        self.sweeps += 1
+
+    async def _bring_forward(self) -> None:
+        """Look through all times, and look again later, or in the next sweep if this fails."""
+        began, self._next_look = time.monotonic(), math.inf
+        try:
+            if await clock_jumps.bring_all_forward(self.storage, self.rules):
+                self.wake()
+        except BaseException:
+            self._next_look = 0
+            raise
+        now = time.monotonic()
+        self._next_look = min(self._next_look, now + (now - began) / LOOKS)
+
+    async def _reopen_lanes(self) -> None:
+        """Make the lanes due whose leases have expired."""
+        after: str | None = ""
+        while after is not None:
+            webhook_ids, after = await self.storage.scan(expired_leases.overdue, after)
+            if webhook_ids:
+                await self.storage.write(lanes.make_due, webhook_ids)
+                self.wake()

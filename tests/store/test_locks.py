@@ -1,10 +1,9 @@
-"""What units of work at the same time do to each other: nothing is lost, sent twice, or held up for long."""
+"""Units of work at the same time: nothing is lost, sent twice, or blocked for long."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,19 +20,20 @@ from hookline import WebhookManager, clock, deliveries, events, history, policy,
 from hookline.egress import Client
 from hookline.errors import Conflict, Unavailable
 from hookline.events import NewEvent, Published
-from hookline.policy import Result, Rules
+from hookline.policy import Result
+from hookline.store import locks
 from hookline.store.failures import LOCKED, error_name
-from hookline.store.notices import Notices
 from hookline.store.open import open_database, storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming, clock_jumps, settling, sweeper
+from hookline.worker import claiming, clock_jumps, expired_leases, settling
 from hookline.worker.jobs import Job, Settled
 from hookline.worker.worker import Worker
 from models import Delivery, Status, Subscription, stored_time
-from tests.conftest import SECRET, only_postgres
-from tests.databases import Place, execute, wait_for_a_waiter
+from tests.conftest import ROOT, SECRET, only_postgres
+from tests.databases import Place, wait_for_a_waiter
 from tests.receiver import Receiver
 from tests.replaying import carry_out
+from tests.working import claim_up_to, rules
 
 LONG_AGO = clock.now() - timedelta(days=1)
 IN_THE_PAST = f"'{stored_time(LONG_AGO)}'"
@@ -46,7 +46,7 @@ def webhook_id(manager: WebhookManager) -> str:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, Rules(), 10, {}, [])
+    return write_now(db, claim_up_to, 10)
 
 
 def settled(job: Job, status_code: int = 200, schedule: tuple[float, ...] = (5,)) -> Settled:
@@ -69,6 +69,13 @@ def free_to_lock(other: Database, statement: str) -> bool:
     return other.execute_sql(f"{statement} FOR UPDATE NOWAIT").fetchone() is not None
 
 
+def test_the_table_of_the_lock_order_names_functions_that_exist() -> None:
+    named = re.findall(r"\b(\w+)\.([a-z]\w+)\b", locks.__doc__ or "")
+    modules = {path.stem: path.read_text() for path in (ROOT / "hookline").rglob("*.py")}
+    assert len(named) > 15
+    assert not [name for name in named if f"def {name[1]}(" not in modules[name[0]]]
+
+
 def test_two_changes_at_once_leave_the_subscriptions_that_follow_from_both(db: Database, place: Place) -> None:
     manager = WebhookManager(db=db)
     with ThreadPoolExecutor(2) as threads:
@@ -89,7 +96,7 @@ async def test_a_callers_long_transaction_holds_up_neither_the_worker_nor_other_
     mine = manager.register(f"{receiver.url}/mine", ["mine"], SECRET)
     manager.register(f"{receiver.url}/other", ["other"], SECRET)
     storage, application = storage_of(db), open_database(place.url)
-    worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")]), Rules())
+    worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")]), rules())
 
     async def publish(new: NewEvent) -> Published:
         answer = await storage.write_together(events.publish_all, new)
@@ -101,7 +108,7 @@ async def test_a_callers_long_transaction_holds_up_neither_the_worker_nor_other_
     with application.connection_context():
         with application.atomic():
             events.publish_one(application, NewEvent("mine", {"n": 1}, "key"))
-            assert await storage.scan(sweeper.overdue) == ([], None)
+            assert await storage.scan(expired_leases.overdue) == ([], None)
             same_key = asyncio.ensure_future(publish(NewEvent("mine", {"n": 1}, "key")))
             await asyncio.to_thread(wait_for_a_waiter, place.url)
             assert (await publish(NewEvent("mine", {"n": 2}))).deliveries == 1
@@ -174,7 +181,7 @@ def test_a_retry_that_comes_just_after_a_claim_is_refused(
 
 async def test_what_is_committed_after_the_worker_has_stopped_is_left_to_others(db: Database, webhook_id: str) -> None:
     storage = storage_of(db)
-    worker = Worker(storage, Client(), Rules())
+    worker = Worker(storage, Client(), rules())
     await storage.start()
     await worker.start()
     published, stopped = threading.Event(), threading.Event()
@@ -209,7 +216,7 @@ CHANGES: dict[str, Callable[[Database, WebhookManager, Job], Any]] = {
 
 @only_postgres
 @pytest.mark.parametrize("change", CHANGES)
-def test_who_waits_for_a_webhook_that_is_being_deleted_holds_nothing_that_the_deletion_needs(
+def test_a_waiter_on_a_deleted_webhook_holds_no_other_lock(
     place: Place, db: Database, manager: WebhookManager, webhook_id: str, change: str
 ) -> None:
     manager.send_event("goal", {})
@@ -228,7 +235,7 @@ def test_who_waits_for_a_webhook_that_is_being_deleted_holds_nothing_that_the_de
 
 
 @only_postgres
-def test_a_lane_that_others_hold_is_left_to_them_unless_none_else_is_due(
+def test_a_locked_lane_is_skipped_unless_no_other_is_due(
     place: Place, db: Database, manager: WebhookManager, webhook_id: str
 ) -> None:
     """Else who publishes to a webhook without pause would keep workers from its lane."""
@@ -246,7 +253,7 @@ def test_a_lane_that_others_hold_is_left_to_them_unless_none_else_is_due(
 
 
 @only_postgres
-def test_publishing_to_a_webhook_that_is_being_deleted_says_that_nothing_was_stored(
+def test_publishing_to_a_webhook_being_deleted_says_that_nothing_is_stored(
     place: Place, db: Database, manager: WebhookManager, webhook_id: str
 ) -> None:
     other = open_database(place.url)
@@ -262,47 +269,12 @@ def test_publishing_to_a_webhook_that_is_being_deleted_says_that_nothing_was_sto
     other.close_all()  # type: ignore[attr-defined]
 
 
-@only_postgres
-async def test_a_socket_that_takes_the_number_of_a_lost_connections_is_left_alone(place: Place, db: Database) -> None:
-    """libpq closes its socket while it reads, and in a busy process the next one opened gets its number."""
-    loop, heard, read = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-
-    async def nothing() -> None: ...
-
-    notices = Notices(db, nothing)
-    await notices.start()
-    notices.listen(heard.set)
-    await asyncio.wait_for(heard.wait(), 20)
-    heard.clear()
-    number, lost = notices._socket, notices._lost.set
-    ours, theirs = socket.socketpair()
-
-    def opened_in_the_same_turn() -> None:
-        os.dup2(ours.fileno(), number)
-        loop.add_reader(number, read.set)
-        lost()
-
-    notices._lost.set = opened_in_the_same_turn  # type: ignore[method-assign]
-    others = "datname = current_database() AND pid <> pg_backend_pid()"
-    await asyncio.to_thread(
-        execute, place.url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"
-    )
-    await asyncio.wait_for(heard.wait(), 20)  # it listens again
-    theirs.send(b"x")
-    await asyncio.wait_for(read.wait(), 20)
-    loop.remove_reader(number)
-    os.close(number)
-    ours.close()
-    theirs.close()
-    await notices.stop()
-
-
 @pytest.fixture
 async def worker(db: Database) -> AsyncIterator[Worker]:
     """One with few slots and a short lease."""
     storage = storage_of(db)
-    rules = Rules(lease=4, timeout=1, concurrency=6)
-    started = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=1), rules)
+    short = rules(lease=4, timeout=1, concurrency=6)
+    started = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=1), short)
     await storage.start()
     await started.start()
     yield started
@@ -323,7 +295,7 @@ def hold(other: Database, webhook_id: str) -> None:
 
 
 @only_postgres
-async def test_webhooks_that_somebody_holds_keep_no_other_from_being_recorded_and_are_sent_once(
+async def test_results_of_blocked_webhooks_wait_while_others_are_recorded(
     place: Place, db: Database, manager: WebhookManager, receiver: Receiver, worker: Worker
 ) -> None:
     """Longer than a lease: the results wait, and count when they can be recorded."""
@@ -345,7 +317,7 @@ async def test_webhooks_that_somebody_holds_keep_no_other_from_being_recorded_an
         other.begin()
     await recorded(manager, ids["held"], 10)
     async with asyncio.timeout(20):
-        while worker._jobs:
+        while worker.in_flight:
             await asyncio.sleep(0.01)
     assert worker.capacity.free == 6
     sent = [one.headers["webhook-id"] for one in receiver.received]
@@ -354,7 +326,7 @@ async def test_webhooks_that_somebody_holds_keep_no_other_from_being_recorded_an
 
 
 @only_postgres
-async def test_a_worker_that_stops_waits_for_who_holds_what_it_has_to_record(
+async def test_a_stopping_worker_waits_for_the_lock_on_a_result(
     place: Place, db: Database, manager: WebhookManager, receiver: Receiver, worker: Worker
 ) -> None:
     held = manager.register(f"{receiver.url}/held", ["held"], SECRET)
@@ -372,7 +344,7 @@ async def test_a_worker_that_stops_waits_for_who_holds_what_it_has_to_record(
 
 
 @only_postgres
-def test_a_lane_that_is_held_for_long_does_not_hold_up_a_claim_for_long(
+def test_a_claim_gives_up_a_blocked_lane_soon(
     place: Place, db: Database, manager: WebhookManager, webhook_id: str
 ) -> None:
     manager.send_event("goal", {})
@@ -416,9 +388,9 @@ def test_a_clock_that_goes_far_back_opens_no_lane_in_which_one_is_made_in_order(
     write_now(db, settling.settle, failed, stored_time(LONG_AGO))
     monkeypatch.setattr(clock, "now", lambda: now)
     assert claim(db) == []
-    found, resting, _ = clock_jumps.misdated(db, Rules())
-    assert write_now(db, clock_jumps.bring_forward, Rules(), found, resting) == 3
-    assert clock_jumps.misdated(db, Rules()) == ([], [], None)
+    found, resting, _ = clock_jumps.misdated(db, rules())
+    assert write_now(db, clock_jumps.bring_forward, rules(), found, resting) == 3
+    assert clock_jumps.misdated(db, rules()) == ([], [], None)
     assert [job.webhook_id for job in claim(db)] == [other]
     monkeypatch.setattr(clock, "now", lambda: now + timedelta(seconds=61))
     assert {job.webhook_id for job in claim(db)} == {webhook_id, other}
@@ -468,7 +440,7 @@ def test_a_claim_that_closes_a_lane_while_an_older_result_waits_for_it_is_not_un
     manager.send_event("goal", {"n": 2})
     manager.send_event("goal", {"n": 3})
     with another(place) as other, ThreadPoolExecutor(1) as thread:
-        assert len(claiming.claim(other, Rules(), 10, {}, [])) == 1
+        assert len(claim_up_to(other, 10)) == 1
         waiting = thread.submit(write_now, db, settling.settle, [settled(before, 500)], stored_time(LONG_AGO))
         wait_for_a_waiter(place.url)
         other.commit()

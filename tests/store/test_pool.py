@@ -1,18 +1,25 @@
-"""The pool of SQLite connections: who holds one, who waits for one, and what is given back."""
+"""The pools: who holds a connection, who waits for one, and what is given back."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peewee import Database, OperationalError
 
-from hookline.store.open import open_database
+from hookline.errors import Unavailable
+from hookline.store.open import open_database, storage_of
 from hookline.store.units import connected
-from tests.store.handles import in_use, open_handles
+from tests.conftest import only_postgres
+from tests.databases import Place, Postgres, execute
+from tests.store.connections import in_use, open_handles
 
 
 @pytest.fixture
@@ -128,3 +135,75 @@ def test_many_threads_share_the_pool(pool: Database) -> None:
         list(threads.map(insert, range(0, 400, 50)))
     assert numbers(pool) == list(range(400))
     assert in_use(pool) == 0
+
+
+def test_threads_with_a_connection_go_on_while_no_new_one_can_be_made() -> None:
+    server = Postgres(("fsync=off",)).start()
+    db = open_database(server.url)
+    connecting = threading.Thread(target=lambda: db.connect() and db.close())
+    try:
+        db.connect()
+        db.close()
+        db.connect()  # the pooled one
+        server.process.send_signal(signal.SIGSTOP)  # sessions go on, new ones are not begun
+        connecting.start()
+        for _ in range(3):
+            assert db.execute_sql("SELECT 1").fetchone() == (1,)
+            db.close()
+            db.connect()
+        assert connecting.is_alive()
+        db.close()
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+        connecting.join(20)
+        db.close_all()  # type: ignore[attr-defined]
+        server.stop()
+    assert not connecting.is_alive()
+
+
+@only_postgres
+async def test_a_process_has_no_more_connections_than_its_pool(place: Place) -> None:
+    db = open_database(place.url, pool_size=3)
+    storage = storage_of(db, 3)
+    await storage.start()
+    connections = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    most = max(
+        await asyncio.gather(
+            *(storage.read(lambda db: db.execute_sql(f"{connections}").fetchone()[0]) for _ in range(50)),
+            *(storage.write(lambda db: db.execute_sql(f"{connections}").fetchone()[0]) for _ in range(50)),
+        )
+    )
+    await storage.stop()
+    assert 1 < most <= 3
+    assert execute(place.url, connections) == [(1,)]
+
+
+@only_postgres
+def test_a_pool_closed_while_it_connects_leaves_no_connection_open(
+    place: Place, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, connecting, closed = db._adapter.connect, threading.Event(), threading.Event()  # type: ignore[attr-defined]
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        connecting.set()
+        assert closed.wait(20)
+        return connect(*arguments, **options)
+
+    def read() -> None:
+        with connected(db):
+            db.execute_sql("SELECT 1")
+
+    monkeypatch.setattr(db._adapter, "connect", slowly)  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read)
+        assert connecting.wait(20)
+        db.close_all()  # type: ignore[attr-defined]
+        closed.set()
+        with pytest.raises(Unavailable):
+            reading.result(20)
+    ours = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'hookline'"
+    for _ in range(1000):
+        if execute(place.url, ours) == [(0,)]:
+            return
+        time.sleep(0.01)
+    raise AssertionError("a connection was left open")

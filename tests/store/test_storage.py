@@ -1,14 +1,9 @@
-"""Storage on real databases: group commit, full disks, clients and servers that go away, and the plans of queries."""
+"""Storage on real databases: group commit, full disks, clients and servers that go away."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-import signal
 import threading
-import time
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +12,16 @@ from peewee import Database
 
 import models
 from hookline import WebhookManager, events, legacy, webhooks
-from hookline.errors import Invalid, NotFound, Unavailable
+from hookline.errors import Invalid, Unavailable
 from hookline.events import NewEvent
 from hookline.registration import Registration
 from hookline.store import schema
-from hookline.store.open import open_database, require_reachable, storage_of
+from hookline.store.open import open_database, storage_of
 from hookline.store.pool import is_postgres
 from hookline.store.storage import Storage
-from hookline.store.units import connected
 from tests.conftest import SECRET, only_postgres, only_sqlite
-from tests.databases import Place, Postgres, execute, named, plan, wait_for_a_waiter
-from tests.store.handles import in_use
-
-PRIMARY = "PRIMARY KEY|subscriptions_pkey"
-
-
-@pytest.fixture
-async def storage(db: Database) -> AsyncIterator[Storage]:
-    started = storage_of(db)
-    await started.start()
-    yield started
-    await started.stop()
-
-
-def count(db: Database) -> int:
-    return int(db.execute_sql("SELECT count(*) FROM webhooks").fetchone()[0])
+from tests.databases import Place, wait_for_a_waiter
+from tests.store.connections import count, end_connections, in_use
 
 
 async def in_one_group(storage: Storage, *writes: Any) -> list[Any]:
@@ -149,7 +129,7 @@ async def test_between_calls_nobody_holds_a_connection(db: Database, storage: St
         assert other.execute_sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
 
 
-async def test_writes_of_one_kind_are_one_call_for_a_group(db: Database, storage: Storage) -> None:
+async def test_write_together_calls_fn_once_for_a_group(db: Database, storage: Storage) -> None:
     calls: list[int] = []
 
     def register_all(db: Database, registrations: list[Registration]) -> list[str]:
@@ -168,127 +148,6 @@ async def test_writes_of_one_kind_are_one_call_for_a_group(db: Database, storage
     assert await storage.read(count) == 12
 
 
-@only_sqlite
-async def test_every_pooled_connection_is_durable_and_checked(db: Database, storage: Storage) -> None:
-    def pragmas(db: Database) -> dict[str, Any]:
-        names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
-        return {name: db.execute_sql(f"PRAGMA {name}").fetchone()[0] for name in names}
-
-    expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
-    for found in (await storage.read(pragmas), await storage.scan(pragmas), await storage.write(pragmas)):
-        assert found == expected
-
-
-@pytest.mark.parametrize(
-    ("query", "index"),
-    [
-        ("SELECT * FROM webhooks WHERE team = 'ne' ORDER BY created_at, webhook_id LIMIT 50", "idx_webhooks_team"),
-        (
-            "SELECT * FROM webhooks WHERE (created_at, webhook_id) > ('2026-01-01T00:00:00Z', 'x') "
-            "ORDER BY created_at, webhook_id LIMIT 50",
-            "idx_webhooks_created",
-        ),
-        ("SELECT * FROM webhooks WHERE webhook_id = 'x'", "webhooks_1|webhooks_pkey"),
-        ("SELECT webhook_id FROM subscriptions WHERE event_type IN ('a', '*') AND team IN ('', 'ne')", PRIMARY),
-        ("DELETE FROM subscriptions WHERE webhook_id = 'x'", "idx_subscriptions_webhook"),
-    ],
-)
-def test_the_hot_queries_seek_and_never_sort(db: Database, query: str, index: str) -> None:
-    with db.connection_context():
-        steps = plan(db, query)
-    assert any(re.search(index, step) for step in steps), steps
-    assert not any("TEMP B-TREE" in step or "Sort" in step for step in steps), steps
-    assert not any("SCAN" in step or "Seq Scan" in step for step in steps if not re.search(index, step)), steps
-
-
-def test_pooled_connections_to_postgres_are_set_up_whatever_the_servers_defaults() -> None:
-    defaults = {
-        "synchronous_commit": "off",
-        "timezone": "Asia/Tokyo",
-        "datestyle": "German",
-        "default_transaction_isolation": "serializable",
-        "client_encoding": "latin1",
-    }
-    server = Postgres(("fsync=off", *(f"{name}={value}" for name, value in defaults.items()))).start()
-    try:
-        db = open_database(server.url)
-        with db.connection_context():
-            names = [*defaults, "statement_timeout", "lock_timeout", "application_name"]
-            found = {name: db.execute_sql(f"SHOW {name}").fetchone()[0] for name in names}
-        db.close_all()  # type: ignore[attr-defined]
-        assert found == {
-            "synchronous_commit": "on",
-            "timezone": "UTC",
-            "datestyle": "ISO, DMY",
-            "default_transaction_isolation": "read committed",
-            "client_encoding": "UTF8",
-            "statement_timeout": "30s",
-            "lock_timeout": "10s",
-            "application_name": "hookline",
-        }
-        execute(server.url, "CREATE DATABASE ascii ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
-        ascii_only = open_database(named(server.url, "ascii"))
-        with pytest.raises(Invalid, match="encoding is SQL_ASCII"):
-            require_reachable(ascii_only)
-        ascii_only.close_all()  # type: ignore[attr-defined]
-    finally:
-        server.stop()
-
-
-def test_a_server_that_makes_no_new_connections_holds_up_nobody_who_has_one() -> None:
-    server = Postgres(("fsync=off",)).start()
-    db = open_database(server.url)
-    connecting = threading.Thread(target=lambda: db.connect() and db.close())
-    try:
-        db.connect()
-        db.close()
-        db.connect()  # the pooled one
-        server.process.send_signal(signal.SIGSTOP)  # sessions go on, new ones are not begun
-        connecting.start()
-        for _ in range(3):
-            assert db.execute_sql("SELECT 1").fetchone() == (1,)
-            db.close()
-            db.connect()
-        assert connecting.is_alive()
-        db.close()
-    finally:
-        server.process.send_signal(signal.SIGCONT)
-        connecting.join(20)
-        db.close_all()  # type: ignore[attr-defined]
-        server.stop()
-    assert not connecting.is_alive()
-
-
-@only_postgres
-def test_what_a_url_leaves_out_comes_from_libpqs_environment(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = place.url.rpartition("/")[2].partition("?")[0]
-    monkeypatch.setenv("PGDATABASE", name)
-    db = open_database(named(place.url, "").replace("/?", "?"))
-    with db.connection_context():
-        assert db.execute_sql("SELECT current_database()").fetchone() == (name,)
-    db.close_all()  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "postgresql://user:hu@sh@127.0.0.1/name",
-        "postgresql://user:hu/sh@127.0.0.1/name",
-        "postgresql://user:hu%sh@127.0.0.1/name",
-    ],
-)
-def test_a_password_that_is_not_percent_encoded_is_refused_and_not_printed(url: str) -> None:
-    with pytest.raises(Invalid, match=r"percent-encoded|not a PostgreSQL URL") as refused:
-        require_reachable(open_database(url))
-    assert "sh" not in str(refused.value).replace("such", "")
-
-
-def end_connections(place: Place) -> None:
-    """What a restart, a fail-over or an administrator does to them."""
-    others = "datname = current_database() AND pid <> pg_backend_pid()"
-    execute(place.url, f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {others}")
-
-
 @only_postgres
 async def test_connections_that_the_server_ended_are_replaced(place: Place, db: Database, storage: Storage) -> None:
     for number in range(3):
@@ -300,9 +159,7 @@ async def test_connections_that_the_server_ended_are_replaced(place: Place, db: 
 
 
 @only_postgres
-async def test_a_write_whose_connection_is_lost_half_way_is_made_again(
-    place: Place, db: Database, storage: Storage
-) -> None:
+async def test_a_write_whose_connection_is_lost_is_tried_again(place: Place, db: Database, storage: Storage) -> None:
     manager, tries = WebhookManager(db=db), list[str]()
 
     def register(db: Database) -> None:
@@ -317,7 +174,7 @@ async def test_a_write_whose_connection_is_lost_half_way_is_made_again(
 
 
 @only_postgres
-async def test_a_commit_that_is_lost_is_not_made_again(place: Place, db: Database, storage: Storage) -> None:
+async def test_a_lost_commit_is_not_tried_again(place: Place, db: Database, storage: Storage) -> None:
     manager, tries = WebhookManager(db=db), list[str]()
 
     def register(db: Database) -> None:
@@ -331,7 +188,7 @@ async def test_a_commit_that_is_lost_is_not_made_again(place: Place, db: Databas
 
 
 @only_postgres
-async def test_two_writes_that_wait_for_each_other_both_succeed(db: Database, storage: Storage) -> None:
+async def test_two_writes_in_a_deadlock_both_succeed(db: Database, storage: Storage) -> None:
     manager = WebhookManager(db=db)
     ids = [manager.register("http://example.com/", ["a"], SECRET) for _ in range(2)]
     both = threading.Barrier(2)
@@ -349,7 +206,7 @@ async def test_two_writes_that_wait_for_each_other_both_succeed(db: Database, st
 
 
 @only_postgres
-async def test_an_event_published_while_its_webhook_is_being_deleted_is_stored_without_it(
+async def test_an_event_to_a_webhook_being_deleted_is_stored_without_it(
     place: Place, db: Database, storage: Storage
 ) -> None:
     manager = WebhookManager(db=db)
@@ -362,106 +219,3 @@ async def test_an_event_published_while_its_webhook_is_being_deleted_is_stored_w
         assert not publishing.done()
     assert (await publishing).deliveries == 0
     other.close_all()  # type: ignore[attr-defined]
-
-
-@only_postgres
-async def test_a_process_has_no_more_connections_than_its_pool(place: Place) -> None:
-    db = open_database(place.url, pool_size=3)
-    storage = storage_of(db, 3)
-    await storage.start()
-    connections = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-    most = max(
-        await asyncio.gather(
-            *(storage.read(lambda db: db.execute_sql(f"{connections}").fetchone()[0]) for _ in range(50)),
-            *(storage.write(lambda db: db.execute_sql(f"{connections}").fetchone()[0]) for _ in range(50)),
-        )
-    )
-    await storage.stop()
-    assert 1 < most <= 3
-    assert execute(place.url, connections) == [(1,)]
-
-
-@only_postgres
-async def test_a_notice_of_another_process_is_heard_also_after_the_connection_was_lost(
-    place: Place, db: Database, storage: Storage
-) -> None:
-    other = open_database(place.url)
-    telling = storage_of(other)
-    await telling.start()
-    heard = asyncio.Event()
-    storage.listen(heard.set)
-    for _ in range(2):
-        await asyncio.wait_for(heard.wait(), 20)  # once it listens, or listens again, it wakes of itself
-        heard.clear()
-        for _ in range(3):  # many at once are one or two
-            telling.notify()
-        await asyncio.wait_for(heard.wait(), 20)
-        await asyncio.sleep(0.1)
-        heard.clear()
-        await asyncio.to_thread(end_connections, place)
-    await telling.stop()
-
-
-@only_postgres
-def test_a_caller_is_told_when_the_commit_was_lost(place: Place, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    committed = db.commit
-
-    def commit_and_lose_the_answer() -> None:
-        committed()
-        end_connections(place)
-        db.execute_sql("SELECT 1")
-
-    monkeypatch.setattr(db, "commit", commit_and_lose_the_answer)
-    with pytest.raises(Unavailable, match="it may have been stored, or not"):
-        WebhookManager(db=db).register("http://example.com/", ["a"], SECRET)
-    with db.connection_context():
-        assert count(db) == 1
-
-
-@only_postgres
-def test_a_pool_that_is_closed_while_a_connection_is_made_leaves_none_open(
-    place: Place, db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    connect, connecting, closed = db._adapter.connect, threading.Event(), threading.Event()  # type: ignore[attr-defined]
-
-    def slowly(*arguments: Any, **options: Any) -> Any:
-        connecting.set()
-        assert closed.wait(20)
-        return connect(*arguments, **options)
-
-    def read() -> None:
-        with connected(db):
-            db.execute_sql("SELECT 1")
-
-    monkeypatch.setattr(db._adapter, "connect", slowly)  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(1) as thread:
-        reading = thread.submit(read)
-        assert connecting.wait(20)
-        db.close_all()  # type: ignore[attr-defined]
-        closed.set()
-        with pytest.raises(Unavailable):
-            reading.result(20)
-    ours = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'hookline'"
-    for _ in range(1000):
-        if execute(place.url, ours) == [(0,)]:
-            return
-        time.sleep(0.01)
-    raise AssertionError("a connection was left open")
-
-
-def test_values_that_no_database_can_store_are_refused_without_being_shown(db: Database) -> None:
-    manager = WebhookManager(db=db)
-    for text in ("a\0b", "a\ud800b"):
-        with pytest.raises(Invalid, match="description must not contain"):
-            manager.register("http://example.com/", ["a"], SECRET, description=text)
-    assert manager.send_event("goal", {"team": "a\0b"}).deliveries == 0
-    with pytest.raises(Invalid, match="data must not contain lone surrogates"):
-        manager.send_event("goal", {"team": "a\ud800b"})
-    with (
-        pytest.raises(Invalid, match="cannot store one of these values") if is_postgres(db) else pytest.raises(NotFound)
-    ):
-        manager.get("a\0b")
-    webhook_id = manager.register("http://example.com/", ["a"], SECRET)
-    for rate in (0, -1.0, 1e-50, 1e9):
-        with pytest.raises(Invalid, match=r"rate_limit must be from 0\.0001 to 10000"):
-            manager.update(webhook_id, {"rate_limit": rate})

@@ -125,8 +125,8 @@ def test_a_field_that_changed_on_both_sides_is_reported_and_kept(
         assert report.contested == told
     webhook = row(db)
     assert (webhook["url"], webhook["secret"], webhook["team"]) == ("https://example.com/ours", SECRET, "buf")
-    again = import_file(db, file)
-    assert (counts(again), again.contested) == ((0, 0, 2, 1), told)
+    repeated = import_file(db, file)
+    assert (counts(repeated), repeated.contested) == ((0, 0, 2, 1), told)
 
 
 def test_overwrite_takes_the_files_value_where_both_changed_and_only_there(
@@ -167,7 +167,7 @@ def test_a_webhook_that_no_import_has_noted_keeps_what_it_has(
         assert report.contested == [
             f"{webhook_id}: url: differs from ours, and no import has noted it yet: our value is kept"
         ]
-    # What agreed has been noted, so that a later change of the file is known for one.
+    # Fields that agreed have been noted, so that a later change in the file is recognized.
     written(file, **{webhook_id: entry | {"team": "buf"}})
     assert counts(import_file(db, file)) == (0, 1, 0, 0)
     assert manager.get(webhook_id)["team"] == "buf"
@@ -283,9 +283,7 @@ def test_the_command_lists_conflicts_and_overwrites_when_told(place: Place, db: 
     assert row(db)["team"] == "theirs"
 
 
-def test_an_import_that_another_one_is_in_the_way_of_waits_and_finds_nothing_new(
-    place: Place, db: Database, file: Path
-) -> None:
+def test_a_second_import_waits_for_the_first_and_finds_nothing_new(place: Place, db: Database, file: Path) -> None:
     holds, goes_on = threading.Event(), threading.Event()
 
     def hold(what: str, done: int, total: int) -> None:

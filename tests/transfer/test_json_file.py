@@ -153,7 +153,7 @@ def test_a_wrong_field_is_named_and_nothing_is_stored(
         (b"[" * 100_000, "JSON"),
     ],
 )
-def test_what_is_not_such_a_file_is_refused_whole(db: Database, file: Path, content: bytes, problem: str) -> None:
+def test_a_file_of_another_form_is_refused_whole(db: Database, file: Path, content: bytes, problem: str) -> None:
     file.write_bytes(content)
     for skip_invalid in (False, True):
         with pytest.raises(Invalid, match=problem):
@@ -178,7 +178,7 @@ def test_duplicate_keys_are_refused_at_both_levels(db: Database, file: Path) -> 
 
 def test_the_older_list_form_is_read(db: Database, file: Path) -> None:
     old = {
-        "id": "one",
+        "id": "x",
         "url": "http://example.com/",
         "event_types": ["a"],
         "secret": SECRET,
@@ -187,9 +187,9 @@ def test_the_older_list_form_is_read(db: Database, file: Path) -> None:
         "failure_count": 2,
         "created_at": "2024-01-01T00:00:00",
     }
-    file.write_text(json.dumps([old, old | {"id": "two", "active": True}]))
+    file.write_text(json.dumps([old, old | {"id": "y", "active": True}]))
     assert counts(import_file(db, file)) == (2, 0, 0, 0)
-    shown = WebhookManager(db=db).webhooks["one"]
+    shown = WebhookManager(db=db).webhooks["x"]
     assert (shown["enabled"], shown["total_calls"], shown["failed_calls"], shown["events"]) == (False, 5, 2, ["a"])
     file.write_text(json.dumps([old, old, {"url": 1}, 5]))
     with pytest.raises(Invalid) as caught:

@@ -1,4 +1,4 @@
-"""Who may call, against the real server where it can be, and as a table of requests where it cannot."""
+"""Access control, against the real server where possible, else as tables of requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def nothing(scope: object, receive: object, send: object) -> None:
 def status(
     client: str | None, host: str, *, keys: tuple[str, ...] = (), anonymous: bool = False, sent: str = ""
 ) -> int:
-    """What a GET of /api/v1/webhooks is answered by the middleware; 200 where it is let through."""
+    """Return the status with which the middleware answers a GET of /api/v1/webhooks; 200 if it lets it through."""
     headers = [(b"host", host.encode()), (b"authorization", sent.encode("latin-1"))]
     scope = {
         "type": "http",
@@ -101,7 +101,7 @@ def test_the_server_tells_another_machine_which_setting_to_use(serve: Callable[.
 
 
 def sent(method: str, headers: dict[str, str], *, key: str = "", scheme: str = "http", anonymous: bool = False) -> int:
-    """What a request from this machine is answered by the middleware, as `status` above."""
+    """Return the status for a request from this machine, as `status` above."""
     named = {"host": "localhost:8005", "authorization": f"Bearer {key}"} | headers
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in named.items()]
     scope = {"type": "http", "method": method, "path": "/api/v1/events", "headers": encoded, "scheme": scheme}

@@ -1,4 +1,4 @@
-"""What answers below the routes, as raw bytes against the real server; and where it listens."""
+"""Answers made below the routes, to raw bytes sent to the real server; and the sockets that it listens on."""
 
 from __future__ import annotations
 

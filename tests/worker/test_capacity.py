@@ -5,29 +5,24 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from ipaddress import ip_network
 from typing import Any
 
 import pytest
 from peewee import Database
 
 from hookline import WebhookManager, deliveries, events, lanes
-from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.lanes import Slots
-from hookline.policy import Rules
-from hookline.store.open import open_database, storage_of
-from hookline.store.storage import Storage
-from hookline.worker.capacity import Capacity
+from hookline.store.open import open_database
+from hookline.worker.capacity import Capacity, saturated
 from hookline.worker.worker import Worker
 from tests.conftest import SECRET
 from tests.databases import Place
 from tests.outlets import outlet
 from tests.receiver import OK, Answer, Received, Receiver
+from tests.working import rules, until, working
 
-RULES = Rules(concurrency=8, lease=60, timeout=30)
+RULES = rules(concurrency=8, lease=60, timeout=30)
 
 
 class Gate:
@@ -73,30 +68,13 @@ def webhooks(manager: WebhookManager, receiver: Receiver) -> list[str]:
     return [manager.register(f"{receiver.url}/{number}", ["goal"], SECRET) for number in range(4)]
 
 
-@asynccontextmanager
-async def working(db: Database) -> AsyncIterator[tuple[Worker, Storage]]:
-    storage = storage_of(db)
-    worker = Worker(storage, Client(allowed=[ip_network("127.0.0.0/8")], timeout=RULES.timeout), RULES)
-    await storage.start()
-    await worker.start()
-    try:
-        yield worker, storage
-    finally:
-        await worker.stop()
-        await storage.stop()
-
-
 async def all_done(worker: Worker, gate: Gate, receiver: Receiver, count: int) -> None:
     """Let so many deliveries through, none of them twice, until all slots are free."""
     gate.open()
     await asyncio.to_thread(receiver.wait_for, count)
-    for _ in range(2000):
-        if worker.capacity.free == RULES.concurrency:
-            break
-        await asyncio.sleep(0.01)
-    assert worker.capacity.free == RULES.concurrency
+    await until(lambda: worker.capacity.free == RULES.concurrency)
     assert deliveries.page(worker.db, status="pending", limit=1) == []
-    sent = [(one.path, one.event_id) for one in receiver.received]
+    sent = [(request.path, request.event_id) for request in receiver.received]
     assert len(sent) == len(set(sent)) == count
 
 
@@ -106,10 +84,12 @@ async def test_after_a_write_that_fails_no_more_are_in_flight_than_allowed(
     def fail(db: Database) -> None:
         raise ZeroDivisionError
 
-    async with working(db) as (worker, storage):
-        writes: list[Any] = [storage.write(events.publish_one, NewEvent("goal", {"n": number})) for number in range(40)]
-        answers = await asyncio.gather(*writes[:20], storage.write(fail), *writes[20:], return_exceptions=True)
-        assert [type(one) for one in answers if isinstance(one, Exception)] == [ZeroDivisionError]
+    async with working(db, RULES) as worker:
+        writes: list[Any] = [
+            worker.storage.write(events.publish_one, NewEvent("goal", {"n": number})) for number in range(40)
+        ]
+        answers = await asyncio.gather(*writes[:20], worker.storage.write(fail), *writes[20:], return_exceptions=True)
+        assert [type(answer) for answer in answers if isinstance(answer, Exception)] == [ZeroDivisionError]
         await asyncio.to_thread(gate.wait_for, RULES.concurrency)
         await all_done(worker, gate, receiver, 160)
     assert gate.most == RULES.concurrency
@@ -123,12 +103,12 @@ async def test_many_events_in_one_transaction_keep_within_the_slots(
             for number in range(100):
                 manager.send_event("goal", {"n": number})
 
-    async with working(db) as (worker, _):
+    async with working(db, RULES) as worker:
         await asyncio.to_thread(application)
         await asyncio.to_thread(gate.wait_for, RULES.concurrency)
         await all_done(worker, gate, receiver, 400)
     assert gate.most == RULES.concurrency
-    assert max(gate.most_of.values()) <= RULES.share
+    assert max(gate.most_of.values()) <= RULES.per_webhook
 
 
 @pytest.mark.parametrize("savepoint", [False, True])
@@ -145,7 +125,7 @@ async def test_what_is_rolled_back_holds_no_slot(
             if not savepoint:
                 transaction.rollback()
 
-    async with working(db) as (worker, _):
+    async with working(db, RULES) as worker:
         await asyncio.to_thread(application)
         for _ in range(2):
             await asyncio.to_thread(manager.send_event, "goal", {"kept": True})
@@ -166,7 +146,7 @@ async def test_a_transaction_that_stays_open_keeps_no_slot_from_others(
             published.set()
             assert finish.wait(30)
 
-    async with working(db) as (worker, _):
+    async with working(db, RULES) as worker:
         transaction = asyncio.ensure_future(asyncio.to_thread(application))
         await asyncio.to_thread(published.wait, 30)
         assert worker.capacity.free == RULES.concurrency
@@ -194,20 +174,22 @@ async def test_one_webhook_never_has_more_than_its_share(
             manager.send_event("goal", {"of": number})
             events.publish_all(db, [NewEvent("goal", {"of": number})] * 3)
 
-    async with working(db) as (worker, storage):
+    async with working(db, RULES) as worker:
         threads = [asyncio.to_thread(application, number) for number in range(3)]
-        written = [storage.write_together(events.publish_all, NewEvent("goal", {"n": number})) for number in range(20)]
+        written = [
+            worker.storage.write_together(events.publish_all, NewEvent("goal", {"n": number})) for number in range(20)
+        ]
         await asyncio.gather(*threads, *written)
-        await asyncio.to_thread(gate.wait_for, RULES.share)
+        await asyncio.to_thread(gate.wait_for, RULES.per_webhook)
         await all_done(worker, gate, receiver, 100)
-    assert gate.most == RULES.share
+    assert gate.most == RULES.per_webhook
 
 
 def test_an_event_takes_of_each_webhook_what_is_left_of_its_share(db: Database, manager: WebhookManager) -> None:
     ids = [manager.register("http://example.com/", ["goal"], SECRET) for _ in range(3)]
     woken: list[lanes.Leased] = []
-    held = {ids[0]: 3, ids[1]: 5}
-    lanes.attach(db, outlet(Slots(100, 4, held), wake=lambda wake: woken.extend(wake.leased)))
+    in_flight = {ids[0]: 3, ids[1]: 5}
+    lanes.attach(db, outlet(Slots(100, 4, in_flight), wake=lambda wake: woken.extend(wake.leased)))
     events.publish_all(db, [NewEvent("goal", {})] * 6)
     assert Counter(webhook_id for _, webhook_id in woken) == {ids[0]: 1, ids[2]: 4}
 
@@ -230,20 +212,22 @@ def test_a_transaction_counts_what_it_has_leased_itself(db: Database, manager: W
 def test_slots_are_taken_and_given_back() -> None:
     capacity = Capacity(4, 2)
     assert capacity.take(["a", "a", "a", "b", "c", "d"]) == [True, True, False, True, True, False]
-    assert (capacity.free, capacity.saturated, capacity.slots()) == (0, ["a"], Slots(0, 2, {"a": 2, "b": 1, "c": 1}))
+    slots = capacity.slots()
+    assert (slots, saturated(slots)) == (Slots(0, 2, {"a": 2, "b": 1, "c": 1}), ["a"])
     capacity.give_back(["a", "b"])
-    assert (capacity.free, capacity.saturated, capacity.slots().in_flight) == (2, [], {"a": 1, "c": 1})
+    slots = capacity.slots()
+    assert (slots, saturated(slots)) == (Slots(2, 2, {"a": 1, "c": 1}), [])
 
 
-def test_results_that_cannot_be_recorded_hold_no_slot_and_their_webhook_gets_no_more() -> None:
+def test_a_blocked_webhook_gets_no_slots_and_its_results_hold_none() -> None:
     capacity = Capacity(4, 2)
     capacity.take(["a", "a", "b", "b"])
     capacity.block("a", 2)
-    assert (capacity.free, capacity.saturated) == (2, ["a", "b"])
+    assert (capacity.free, saturated(capacity.slots())) == (2, ["a", "b"])
     assert capacity.take(["a", "c", "c"]) == [False, True, True]
     capacity.block("a", 0)
     capacity.give_back(["a", "a"])
-    assert (capacity.free, capacity.saturated) == (0, ["b", "c"])
+    assert (capacity.free, saturated(capacity.slots())) == (0, ["b", "c"])
 
 
 def test_a_capacity_that_is_closed_has_no_slot() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -14,16 +13,17 @@ from hookline import WebhookManager, clock, deliveries, events, lanes, policy
 from hookline.egress import Client
 from hookline.events import NewEvent
 from hookline.lanes import Slots
-from hookline.policy import Result, Rules
+from hookline.policy import Result
 from hookline.store.open import storage_of
 from hookline.store.postgres import write_now
-from hookline.worker import claiming, clock_jumps, settling, sweeper
+from hookline.worker import clock_jumps, expired_leases, settling
 from hookline.worker.jobs import Job, Settled
 from hookline.worker.worker import Worker
 from models import Delivery, Lane, stored_time
 from tests.conftest import SECRET
 from tests.databases import plan, read_whole
 from tests.outlets import outlet
+from tests.working import claim_up_to, rules, until
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
 LONG_AGO = stored_time(NOW - timedelta(days=9))
@@ -48,7 +48,7 @@ def webhook_id(manager: WebhookManager, at: Any) -> str:
 
 
 def claim(db: Database) -> list[Job]:
-    return write_now(db, claiming.claim, Rules(), 100, {}, [])
+    return write_now(db, claim_up_to, 100)
 
 
 def publish(db: Database, count: int = 1) -> None:
@@ -65,13 +65,13 @@ def fail(db: Database, wait: float = 5, retry_after: float | None = None) -> Non
     write_now(db, settling.settle, results, LONG_AGO)
 
 
-def look(db: Database, rules: Rules | None = None) -> int:
+def look(db: Database) -> int:
     """One whole look, as a worker takes it; how many times it has changed."""
-    chosen, after, changed = rules or Rules(), "", 0
-    following: str | None = after
+    changed = 0
+    following: str | None = ""
     while following is not None:
-        found, resting, following = clock_jumps.misdated(db, chosen, following)
-        changed += write_now(db, clock_jumps.bring_forward, chosen, found, resting)
+        late, resting, following = clock_jumps.misdated(db, rules(), following)
+        changed += write_now(db, clock_jumps.bring_forward, rules(), late, resting)
     return changed
 
 
@@ -87,22 +87,17 @@ def opens(db: Database) -> list[float]:
         return [(row.open_at - clock.now()).total_seconds() for row in Lane.select().where(Lane.open_at.is_null(False))]
 
 
-async def test_what_a_clock_ahead_had_scheduled_does_not_wait_after_a_start_with_the_right_one(
-    db: Database, webhook_id: str, at: Any
-) -> None:
+async def test_a_start_brings_forward_what_a_clock_ahead_had_scheduled(db: Database, webhook_id: str, at: Any) -> None:
     at(AHEAD)
     publish(db, 3)
     fail(db)
     publish(db)
     at(0)
     storage = storage_of(db)
-    worker = Worker(storage, Client(), Rules())
+    worker = Worker(storage, Client(), rules())
     await storage.start()
     await worker.start()
-    for _ in range(1500):
-        if all(one["attempts"] for one in deliveries.page(db)):
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: all(delivery["attempts"] for delivery in deliveries.page(db)))
     await worker.stop()
     await storage.stop()
     assert max(due(db)) < 60
@@ -110,7 +105,7 @@ async def test_what_a_clock_ahead_had_scheduled_does_not_wait_after_a_start_with
 
 @pytest.mark.parametrize("ahead", [2 * 60, AHEAD, 400 * 24 * HOUR])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_retries_that_were_set_in_the_future_are_due_now(
+def test_retries_that_a_clock_ahead_has_set_are_due_now(
     db: Database, manager: WebhookManager, webhook_id: str, at: Any, ahead: float, ordered: bool
 ) -> None:
     manager.update(webhook_id, {"ordered": ordered})
@@ -124,9 +119,7 @@ def test_retries_that_were_set_in_the_future_are_due_now(
     assert look(db) == 0
 
 
-def test_what_was_never_attempted_and_a_lease_of_who_died_do_not_wait_either(
-    db: Database, webhook_id: str, at: Any
-) -> None:
+def test_first_attempts_and_leases_of_a_clock_ahead_are_brought_forward(db: Database, webhook_id: str, at: Any) -> None:
     at(AHEAD)
     publish(db)
     lanes.attach(db, outlet(Slots(9, 9)))  # a worker that takes it and dies
@@ -141,19 +134,18 @@ def test_what_was_never_attempted_and_a_lease_of_who_died_do_not_wait_either(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize(("wait", "retry_after"), [(24 * HOUR, None), (5, 24 * HOUR), (0.1, None)])
+@pytest.mark.parametrize("waits", [(24 * HOUR, None), (5, 24 * HOUR), (0.1, None)])  # scheduled, Retry-After
 def test_what_waits_as_long_as_it_should_is_left_alone(
     db: Database,
     manager: WebhookManager,
     webhook_id: str,
     at: Any,
     ordered: bool,
-    wait: float,
-    retry_after: float | None,
+    waits: tuple[float, float | None],
 ) -> None:
     manager.update(webhook_id, {"ordered": ordered})
     publish(db, 2)
-    fail(db, wait, retry_after)
+    fail(db, *waits)
     for seconds in (0, HOUR, 23 * HOUR):
         at(seconds)
         before = due(db), opens(db)
@@ -188,7 +180,7 @@ def test_a_look_takes_what_is_late_in_steps(
     db: Database, webhook_id: str, at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock_jumps, "LATE", 3)
-    monkeypatch.setattr(sweeper, "WEBHOOKS", 1)
+    monkeypatch.setattr(expired_leases, "WEBHOOKS", 1)
     at(AHEAD)
     publish(db, 10)
     fail(db)
@@ -205,7 +197,9 @@ def test_a_look_seeks_and_reads_nothing_whole(db: Database, webhook_id: str, at:
     at(0)
     db.query_hooks.append(lambda event: steps.extend(plan(db, event.sql, event.params)))
     with db.connection_context():
-        clock_jumps.misdated(db, Rules())
+        clock_jumps.misdated(db, rules())
     db.query_hooks.clear()
     assert any("idx_deliveries_pending" in step for step in steps), steps
-    assert not [one for table in ("deliveries d", "lanes l", "webhooks w") for one in read_whole(steps, *table.split())]
+    assert not [
+        step for table in ("deliveries d", "lanes l", "webhooks w") for step in read_whole(steps, *table.split())
+    ]

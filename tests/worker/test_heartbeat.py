@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +10,6 @@ from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries
 from hookline.egress import Client
-from hookline.policy import Rules
 from hookline.store import sql
 from hookline.store.open import open_database, storage_of
 from hookline.worker import heartbeat
@@ -21,6 +18,7 @@ from models import Heartbeat, stored_time
 from tests.conftest import SECRET, Server, running
 from tests.databases import Place, plan, read_whole
 from tests.faults.load import worker
+from tests.working import rules, until
 
 NONE = (503, {"detail": heartbeat.NONE_BEATS})
 
@@ -35,7 +33,7 @@ def ready(server: Server) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
-def test_a_web_process_without_a_worker_is_ready_while_a_worker_beats_somewhere(place: Place, db: Database) -> None:
+def test_a_process_without_a_worker_is_ready_while_any_worker_beats(place: Place, db: Database) -> None:
     with running(place, RUN_WORKER="false") as server:
         assert ready(server) == NONE
         with worker(place):
@@ -49,7 +47,7 @@ def test_a_web_process_without_a_worker_is_ready_while_a_worker_beats_somewhere(
     assert rows(db) == []
 
 
-def test_a_worker_that_was_killed_is_missed_after_a_while_and_forgotten_after_a_day(
+def test_a_killed_worker_is_missed_soon_and_forgotten_after_a_day(
     place: Place, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with db.connection_context():
@@ -81,23 +79,15 @@ def test_a_beat_from_a_clock_that_was_put_right_since_counts_for_nothing(
 
 
 async def test_a_worker_beats_from_its_start_to_its_end(place: Place, db: Database) -> None:
-    workers = [Worker(storage_of(open_database(place.url)), Client(), Rules()) for _ in range(2)]
-    for one in workers:
-        await one.storage.start()
-        await one.start()
+    workers = [Worker(storage_of(open_database(place.url)), Client(), rules()) for _ in range(2)]
+    for started in workers:
+        await started.storage.start()
+        await started.start()
     await until(lambda: len(rows(db)) == 2)
-    for left, one in enumerate(reversed(workers)):
-        await one.stop()
-        await one.storage.stop()
+    for left, stopped in enumerate(reversed(workers)):
+        await stopped.stop()
+        await stopped.storage.stop()
         assert len(rows(db)) == 1 - left
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def test_ready_says_for_how_long_the_oldest_delivery_has_been_due(

@@ -78,7 +78,7 @@ def orphaned(place: Place, db: Database, deliveries: int) -> None:
 
 
 @only_sqlite
-async def test_the_sweep_removes_rows_of_nobody_and_nothing_else(
+async def test_sweeps_remove_orphans_and_nothing_else(
     place: Place, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(orphans, "ROWS", 3)
@@ -102,7 +102,7 @@ async def test_the_sweep_removes_rows_of_nobody_and_nothing_else(
 
 
 @only_sqlite
-def test_a_worker_does_not_look_at_lanes_of_nobody_and_removes_them(place: Place, db: Database) -> None:
+def test_a_worker_skips_orphaned_lanes_and_removes_them(place: Place, db: Database) -> None:
     orphaned(place, db, deliveries=3)
     with db.connection_context():
         db.execute_sql("DELETE FROM lanes WHERE webhook_id IN (SELECT webhook_id FROM webhooks)")
@@ -110,7 +110,7 @@ def test_a_worker_does_not_look_at_lanes_of_nobody_and_removes_them(place: Place
         assert claiming.next_due(db, ["somebody"]) is None
     with running(place, ALLOWED_NETWORKS="127.0.0.0/8") as server:
         for _ in range(1000):
-            if (found := counts(db))["deliveries"] == 2 and found["subscriptions"] == 1 and found["replays"] == 1:
+            if (rows := counts(db))["deliveries"] == 2 and rows["subscriptions"] == 1 and rows["replays"] == 1:
                 break
             time.sleep(0.01)  # the sweep of another process: there is no signal to wait on
         printed = server.stop()

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from peewee import Database
 
 from hookline import WebhookManager, clock, deliveries, policy
-from hookline.policy import Result, Rules
+from hookline.policy import Result
 from hookline.worker import reports
 from hookline.worker.jobs import Job, Settled
-from hookline.worker.reports import Reports
+from hookline.worker.reports import Report, Reports
 from hookline.worker.settling import Outcomes
 from tests.receiver import Answer, Received, Receiver
-from tests.working import working
+from tests.working import rules, until, working
 
 SECRET = "a-marked-secret-of-enough-characters"
-RULES = Rules(retry_schedule=(0.05, 0.05), lease=30, timeout=10, concurrency=4)
+RULES = rules(retry_schedule=(0.05, 0.05), lease=30, timeout=10, concurrency=4)
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +34,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def lines(log: pytest.LogCaptureFixture, about: str) -> list[str]:
-    return [one.getMessage() for one in log.records if one.name == "hookline" and about in one.getMessage()]
-
-
-async def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to be")
+    return [record.getMessage() for record in log.records if record.name == "hookline" and about in record.getMessage()]
 
 
 def answering(*codes: int) -> Callable[[Received], Answer]:
@@ -54,7 +43,7 @@ def answering(*codes: int) -> Callable[[Received], Answer]:
     return lambda _: (left.pop(0) if len(left) > 1 else left[0], {}, b"a-marked-answer")
 
 
-async def test_an_endpoint_that_fails_is_told_once_and_what_is_given_up_each_time(
+async def test_a_failing_endpoint_is_told_once_and_each_delivery_given_up(
     db: Database, manager: WebhookManager, receiver: Receiver, log: pytest.LogCaptureFixture
 ) -> None:
     path = "/down?token=a-marked-token"
@@ -70,7 +59,7 @@ async def test_an_endpoint_that_fails_is_told_once_and_what_is_given_up_each_tim
     for delivery_id, line in zip((1, 2), sorted(lines(log, "failed for good")), strict=True):
         assert line.startswith(f"delivery {delivery_id} to webhook {webhook_id} has failed for good: answered 503")
         assert line.endswith("(event type goal, attempt 3, the last one)")
-    assert {one.levelname for one in log.records if webhook_id in one.getMessage()} == {"WARNING"}
+    assert {record.levelname for record in log.records if webhook_id in record.getMessage()} == {"WARNING"}
     assert "a-marked" not in log.text
 
 
@@ -99,7 +88,7 @@ async def test_a_webhook_that_is_disabled_is_told(
 ) -> None:
     receiver.answers["/down"] = answering(code)
     webhook_id = manager.register(f"{receiver.url}/down", ["goal"], SECRET)
-    async with working(db, Rules(retry_schedule=(0.05,) * 9, lease=30, timeout=10, disable_after=0.01)):
+    async with working(db, rules(retry_schedule=(0.05,) * 9, lease=30, timeout=10, disable_after=0.01)):
         manager.send_event("goal", {})
         (line,) = await until(lambda: lines(log, "was disabled"))
     assert line.startswith(f"webhook {webhook_id} was disabled: ") and why in line
@@ -167,14 +156,14 @@ def test_an_endpoint_that_flaps_gets_a_line_a_minute(
     assert lines(log, "webhook a")[0].startswith("webhook a fails: answered 500")
 
 
-def test_that_an_endpoint_works_again_is_told_when_its_minute_is_over_though_nothing_more_is_sent(
+def test_recovery_is_told_after_its_minute_though_nothing_more_is_sent(
     log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, now = Reports(), Clock(monkeypatch)
     tell(told, result_of("a", 500), result_of("b", 500), result_of("b", 200), result_of("a", 200), result_of("b", 502))
     told.catch_up()
     assert len(lines(log, "fails")) == 2 and lines(log, "again") == []
-    assert [one.job.body for one in told._unsaid.values()] == [b""]  # bodies would be kept for a minute, of all
+    assert told.unsaid == {"a": Report(fails=False, at=now.now)}  # no body, which would be kept for a minute
     now.now += reports.REST
     for _ in range(2):
         told.catch_up()
