@@ -27,7 +27,7 @@ from tests import databases
 from tests.databases import Place, Postgres
 from tests.processes import Output, Process
 from tests.receiver import Receiver
-from tests.waiting import wait_until
+from tests.working import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"

@@ -93,11 +93,17 @@ class Output:
     def __exit__(self, *_: object) -> None:
         os.close(self.writer)  # the program has it, and with that ends what comes
 
+    def _next(self, seconds: float) -> str:
+        line = self._lines.get(timeout=max(0, seconds))
+        if not line:
+            self._lines.put(line)  # it remains the end
+        return line
+
     def wait_for(self, start: str, seconds: float = 30) -> str:
         """Wait for a line that begins so, and return what follows. Raises AssertionError with what came instead."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
-            while line := self._lines.get(timeout=max(0, deadline - time.monotonic())):
+            while line := self._next(deadline - time.monotonic()):
                 self.text += line
                 if line.startswith(start):
                     return line.removeprefix(start).strip()
@@ -106,7 +112,7 @@ class Output:
     def rest(self) -> str:
         """Wait for the end of the program that prints; returns what was not asked for before."""
         before = len(self.text)
-        while line := self._lines.get(timeout=20):
+        while line := self._next(20):
             self.text += line
         return self.text[before:]
 

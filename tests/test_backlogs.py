@@ -13,7 +13,7 @@ from hookline.store.open import storage_of
 from hookline.store.pool import is_postgres
 from hookline.store.units import transaction
 from hookline.worker import claiming, settling
-from models import IN_ORDER, stored_time
+from models import stored_time
 from tests.conftest import SECRET, Server
 from tests.working import claim_up_to
 
@@ -97,7 +97,7 @@ def test_what_waits_for_a_webhook_does_not_make_a_change_of_its_lane_longer(
     db: Database, manager: WebhookManager, webhook_id: str, change: Callable[[Database, str], None], ordered: bool
 ) -> None:
     manager.update(webhook_id, {"ordered": ordered})
-    due = IN_ORDER if ordered else stored_time(clock.now())
+    due = lanes.next_attempt_at(ordered, stored_time(clock.now()))
     wait(db, webhook_id, 1, FEW, due)
     lanes.open_lanes(db, [webhook_id], now=True)
     before = work(db, lambda: change(db, webhook_id))

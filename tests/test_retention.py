@@ -20,6 +20,7 @@ from hookline.store.open import open_database, storage_of
 from models import Attempt, Delivery, Event
 from tests.conftest import SECRET, manage, only_postgres
 from tests.databases import Place, plan, read_whole, wait_for_a_waiter
+from tests.working import until
 
 NOW = datetime.fromisoformat("2026-11-23T12:00:00Z")
 CUTOFF = NOW - timedelta(days=30)
@@ -213,10 +214,7 @@ async def test_a_worker_purges_again_and_again_until_it_stops(
             at(OLD)
             events.publish_one(db, NewEvent("nobody", {}))
             at(NOW)
-        for _ in range(1000):
-            if counts(db)[0] == 0:
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: counts(db)[0] == 0)
         assert counts(db) == (0, 0, 0)
     keeping.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -298,11 +296,7 @@ async def test_a_clock_that_jumps_forward_by_more_than_a_day_purges_nothing_and_
     assert not await looked.get() and counts(db)[0] == 1
     monkeypatch.setattr(time, "time", lambda: wall() + 32 * 86400)
     monkeypatch.setattr(time, "monotonic", lambda: run() + 86401)
-    for _ in range(1000):
-        if counts(db)[0] == 0:
-            break
-        await asyncio.sleep(0.01)
-    assert counts(db)[0] == 0
+    await until(lambda: counts(db)[0] == 0)
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
     await storage.stop()

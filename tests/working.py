@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_network
-from typing import Any
+from typing import Any, TypeVar
 
 from peewee import Database
 
@@ -23,6 +23,7 @@ from hookline.worker.jobs import Job
 from hookline.worker.worker import Worker
 from tests.receiver import Answer, Received
 
+T = TypeVar("T")
 LOOPBACK = [ip_network("127.0.0.0/8")]
 
 
@@ -50,13 +51,23 @@ def claim_up_to(db: Database, count: int) -> list[Job]:
     return claiming.claim(db, Slots(count, count), DEFAULT.lease)
 
 
-async def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+async def until(condition: Callable[[], T | None], seconds: float = 20) -> T:
     """Wait for the first true value of a condition about rows that another thread or process writes; returns it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():
             return value
         await asyncio.sleep(0.01)
+    raise AssertionError(f"not true within {seconds:g} s")
+
+
+def wait_until(condition: Callable[[], T | None], seconds: float = 60) -> T:
+    """Like `until`, for tests and threads without an event loop."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.01)
     raise AssertionError(f"not true within {seconds:g} s")
 
 

@@ -15,7 +15,7 @@ import httpx2 as httpx
 from tests.conftest import Server, environment
 from tests.databases import Place
 from tests.processes import Output, Process
-from tests.waiting import wait_until
+from tests.working import wait_until
 
 EVENT = {"event_type": "game_started", "data": {"team": "ne"}}
 LOOPBACK = {"ALLOWED_NETWORKS": "127.0.0.0/8"}

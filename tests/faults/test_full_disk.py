@@ -16,7 +16,7 @@ from tests import databases
 from tests.conftest import running
 from tests.databases import Place, Postgres, execute, named
 from tests.receiver import Receiver
-from tests.waiting import wait_until
+from tests.working import wait_until
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import pytest
 from tests import databases
 from tests.conftest import Server, running
 from tests.receiver import Receiver
-from tests.waiting import wait_until
+from tests.working import wait_until
 
 Behaviour = Callable[[socket.socket], None]
 SETTINGS = {"ALLOWED_NETWORKS": "127.0.0.0/8", "DELIVERY_TIMEOUT": "1s", "RETRY_SCHEDULE": "200ms"}

@@ -20,7 +20,7 @@ from tests.conftest import Server, only_postgres, running
 from tests.databases import Place, Postgres, execute, named
 from tests.faults.load import QUICK, Load, every, killed_at_last, wait_until_none_is_pending, worker
 from tests.receiver import Receiver
-from tests.waiting import wait_until
+from tests.working import wait_until
 
 WEBS, WORKERS = 2, 4
 PATIENT = QUICK | {"LEASE": "30s", "DELIVERY_TIMEOUT": "10s", "DATABASE_POOL": "2"}  # a slow machine sends once, too

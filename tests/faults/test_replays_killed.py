@@ -13,7 +13,7 @@ from models import Delivery, Status
 from tests.conftest import SECRET, Server, running
 from tests.databases import Place
 from tests.faults.load import worker
-from tests.waiting import wait_until
+from tests.working import wait_until
 
 EACH = 3000
 KILLS = 2
