@@ -53,20 +53,6 @@ def values(db: Database, name: str, *columns: str) -> str:
     return f"(SELECT {', '.join(fields)} FROM json_each({param(db, name)})) AS {name}"
 
 
-def rows(db: Database, *columns: str, alias: str = "given") -> str:
-    """Deprecated, use `values`: like it, with a positional parameter."""
-    names = [column.partition(" ")[0] for column in columns]
-    if is_postgres(db):
-        kinds = [column.partition(" ")[2] or "text" for column in columns]
-        fields = [
-            f"(value ->> {place})::{kind} AS {name}"
-            for place, (name, kind) in enumerate(zip(names, kinds, strict=True))
-        ]
-        return f"(SELECT {', '.join(fields)} FROM json_array_elements({db.param}::json)) AS {alias}"
-    fields = [f"json_extract(value, '$[{place}]') AS {name}" for place, name in enumerate(names)]
-    return f"(SELECT {', '.join(fields)} FROM json_each({db.param})) AS {alias}"
-
-
 def each(db: Database, source: str, tables: str, columns: str, condition: str, *, alias: str) -> str:
     """FROM and WHERE that join the rows of `source` (see `values`) with `tables`, by one seek for each row.
 
@@ -88,21 +74,6 @@ def encoded(rows: Iterable[Sequence[Any]]) -> str:
 def encoded_ids(ids: Iterable[Any]) -> str:
     """Ids, as the parameter that `values` with a single column reads."""
     return encoded([row_id] for row_id in ids)
-
-
-def parameter(values: Iterable[Sequence[Any]]) -> str:
-    """Deprecated, use `encoded`."""
-    return encoded(values)
-
-
-def ids(values: Iterable[Any]) -> str:
-    """Deprecated, use `encoded_ids`."""
-    return parameter([value] for value in values)
-
-
-def moment(db: Database) -> str:
-    """Deprecated, use `time`: like it, with a positional parameter."""
-    return f"{db.param}::timestamptz" if is_postgres(db) else db.param
 
 
 def seconds(db: Database, start: str, end: str) -> str:

@@ -105,11 +105,11 @@ def test_ready_says_for_how_long_the_oldest_delivery_has_been_due(
         ago = stored_time(clock.now() - timedelta(hours=1))
         with db.connection_context():
             column = "created_at" if ordered else "next_attempt_at"
-            db.execute_sql(f"UPDATE deliveries SET {column} = {sql.moment(db)}", (ago,))
+            db.execute_sql(f"UPDATE deliveries SET {column} = {sql.time(db, 'ago')}", {"ago": ago})
         assert 3600 <= deliveries.oldest_due(db) < 3700
     with db.connection_context():
-        far = f"UPDATE lanes SET due_at = {sql.moment(db)}"
-        db.execute_sql(far, (stored_time(clock.now() + timedelta(hours=1)),))
+        far = f"UPDATE lanes SET due_at = {sql.time(db, 'later')}"
+        db.execute_sql(far, {"later": stored_time(clock.now() + timedelta(hours=1))})
     assert deliveries.oldest_due(db) == 0  # a lane that rests has nothing due
 
 
