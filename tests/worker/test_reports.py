@@ -13,7 +13,7 @@ from hookline import WebhookManager, clock, deliveries, policy
 from hookline.policy import Result
 from hookline.worker import reports
 from hookline.worker.jobs import Job, Settled
-from hookline.worker.reports import State, Reports
+from hookline.worker.reports import Reports, State
 from hookline.worker.settling import Outcomes
 from tests.receiver import Answer, Received, Receiver
 from tests.working import rules, until, working
