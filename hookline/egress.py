@@ -137,15 +137,15 @@ def is_local(address: str) -> bool:
         return False
 
 
-class Attempt:
-    """What the guard learns during one call of `post`. Sockets are made in its context."""
+class Guarded:
+    """One call of `post`, and what the guard learns of it. Sockets are made in its context."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.refusal: str | None = None  # of one of the addresses at least; for the attempt log
 
 
-attempt_of_context: ContextVar[Attempt] = ContextVar("attempt")
+attempt_of_context: ContextVar[Guarded] = ContextVar("attempt")
 
 
 class Client:
@@ -191,7 +191,7 @@ class Client:
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Result:
         """One attempt."""
         started_at, start = clock.now(), time.perf_counter()
-        attempt = Attempt(url)
+        attempt = Guarded(url)
         attempt_of_context.set(attempt)
         try:
             answer = await self._session.post(parsed(url), data=body, headers=headers, allow_redirects=False)
@@ -199,16 +199,16 @@ class Client:
                 kept = await self._beginning(answer)
             finally:
                 answer.release()
-            found: dict[str, Any] = {
+            recorded_as: dict[str, Any] = {
                 "status_code": answer.status,
                 "response": kept.decode(errors="replace").replace("\0", "\ufffd"),
             }
             if answer.status >= 300:
-                found["error"] = sentence_for_status(answer.status)
-                found["retry_after"] = retry_after(answer.headers.get("Retry-After"), started_at)
+                recorded_as["error"] = sentence_for_status(answer.status)
+                recorded_as["retry_after"] = retry_after(answer.headers.get("Retry-After"), started_at)
         except Exception as exc:
-            found = {"error": self._sentence_for(exc, attempt)}
-        return Result(started_at, round((time.perf_counter() - start) * 1000), **found)
+            recorded_as = {"error": self._sentence_for(exc, attempt)}
+        return Result(started_at, round((time.perf_counter() - start) * 1000), **recorded_as)
 
     async def _beginning(self, answer: aiohttp.ClientResponse) -> bytes:
         """The first KEPT bytes; a longer answer is not read on, and its connection not used again."""
@@ -235,7 +235,7 @@ class Client:
             self._refuse(attempt_of_context.get(), f"{address[0]}: {OWN_REFUSED}", OWN_REFUSED)
         return socket.socket(family, kind, protocol)
 
-    def _refuse(self, attempt: Attempt, logged: str, recorded: str) -> NoReturn:
+    def _refuse(self, attempt: Guarded, logged: str, recorded: str) -> NoReturn:
         host, now = parsed(attempt.url).host or "", time.monotonic()
         if now - self._warned.get(host, -QUIET) >= QUIET:
             if len(self._warned) >= MAX_QUIET:
@@ -245,8 +245,8 @@ class Client:
         attempt.refusal = recorded
         raise Refused(recorded)
 
-    def _sentence_for(self, exc: Exception, attempt: Attempt) -> str:
-        """What went wrong, as recorded data. No text of the exception's own: it may hold the URL's password."""
+    def _sentence_for(self, exc: Exception, attempt: Guarded) -> str:
+        """Return what went wrong, as recorded data. No text of the exception's own: it may hold the URL's password."""
         if isinstance(exc, TimeoutError | asyncio.TimeoutError):
             return f"timed out after {self.timeout:g} s"
         if isinstance(exc, aiohttp.InvalidURL | aiohttp.ClientConnectorDNSError) and (

@@ -22,7 +22,7 @@ import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from hookline import egress
-from hookline.egress import KEPT, NAME_REFUSED, Attempt, Client, literal_refusal, refusal, retry_after
+from hookline.egress import KEPT, NAME_REFUSED, Client, Guarded, literal_refusal, refusal, retry_after
 from hookline.policy import Result
 from tests.databases import free_port
 
@@ -651,6 +651,6 @@ async def test_a_header_that_cannot_be_sent_is_recorded_and_raises_nothing(heade
 
 def test_an_unknown_fault_is_recorded_by_its_kind_alone() -> None:
     client = Client()
-    fault, attempt = RuntimeError("http://user:hush@example.com"), Attempt("http://user:hush@example.com")
+    fault, attempt = RuntimeError("http://user:hush@example.com"), Guarded("http://user:hush@example.com")
     assert client._sentence_for(fault, attempt) == "the request failed: RuntimeError"
     assert egress.connect_reason(OSError(113, "No route to host")) == "cannot connect: No route to host"
