@@ -114,7 +114,7 @@ Webhook.add_index(Webhook.webhook_id, where=SQL("earlier_secrets IS NOT NULL"), 
 
 
 class Subscription(Table):
-    """Which webhook wants which event of which team ('' = any): derived from `webhooks`, in the same transaction."""
+    """An event type, and a team ('' = any), that a webhook wants: derived from `webhooks`, in the same transaction."""
 
     event_type = TextField()
     team = TextField()
@@ -236,7 +236,7 @@ Lane.add_index(Lane.due_at, name="idx_lanes_due")
 
 
 class Import(Table):
-    """What an import took over of a webhook, so that the next one takes over only what has changed in the file.
+    """The entry of a webhook as it was last imported, so that the next one takes over only what changed in the file.
 
     It outlives the webhook, so that one that was deleted here does not come back.
     """

@@ -31,9 +31,11 @@ def with_database(command: Callable[..., None], create: bool = False) -> Callabl
 
 
 def opened(url: str, create: bool = False) -> Database:
+    """Open a database until the command ends: its last connection removes SQLite's files beside it."""
     from hookline.store.open import open_database, require_reachable
 
     db = open_database(url, create=create, long_work=True)
+    click.get_current_context().call_on_close(db.close_all)  # type: ignore[attr-defined]
     require_reachable(db)
     return db
 

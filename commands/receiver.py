@@ -49,12 +49,12 @@ def run(listener: socket.socket, status: int, secret: str, show: Show) -> None:
     log.propagate = False
     application = Starlette(routes=[Route("/{path:path}", receive, methods=["POST"])])
     config = uvicorn.Config(application, lifespan="off", ws="none", log_config=None, access_log=False)
-    Server(config).run([listener])
+    Receiver(config).run([listener])
     if failures:
         raise failures[0]
 
 
-class Server(uvicorn.Server):
+class Receiver(uvicorn.Server):
     """Ends at a signal without passing it on: this is how the receiver is meant to end."""
 
     @contextmanager

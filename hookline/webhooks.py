@@ -263,7 +263,7 @@ def _query() -> Any:
 
 
 def _switched(db: Database, webhook_id: str, enabled: bool) -> Row:
-    """What changes with `enabled`. The worker cancels what waits for a disabled webhook, in its lane."""
+    """Return the columns that change with `enabled`. The worker cancels what waits for a disabled one."""
     lanes.open_lanes(db, [webhook_id], now=True)
     if enabled:
         return {"disabled_at": None, "disabled_reason": None, "failing_since": None}

@@ -10,8 +10,10 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
+import pkgutil
 import queue
 import runpy
 import select
@@ -135,10 +137,14 @@ def forking() -> str:
 
 
 def fork_for_requests(path: str) -> None:
-    """Import the programs, and fork for each connection until the input ends."""
-    import app  # noqa: F401
-    import manage  # noqa: F401
+    """Import all that the programs may, and fork for each connection until the input ends."""
+    import commands
+    import hookline
 
+    for package in (commands, hookline):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    importlib.import_module("app")
     gc.freeze()  # an interpreter that ends would else touch, and so copy, every object
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who supervise
     with socket.socket(socket.AF_UNIX) as listener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,28 @@ def test_no_part_is_too_large(name: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             size = (node.end_lineno or 0) - node.lineno + 1
             assert size <= (MAX_CLASS if isinstance(node, ast.ClassDef) else MAX_FUNCTION), node.name
+
+
+VAGUE = {"lost", "held", "aside", "found", "given", "place", "one", "again", "those"}
+RIDDLES = ("What", "Which", "Those", "Who", "Whoever", "Whether")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_docstrings_say_what_a_thing_is(name: str) -> None:
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        match node:
+            case ast.Name(id=word, ctx=ast.Store()) | ast.arg(arg=word):
+                assert word not in VAGUE, f"line {node.lineno}: {word}"
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Module():
+                first = (ast.get_docstring(node) or "A").split()[0].strip(",:")
+                assert first not in RIDDLES, f"line {getattr(node, 'lineno', 1)}"
+
+
+def test_no_two_classes_have_one_name() -> None:
+    classes = Counter(
+        node.name for path in MODULES for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in classes.items() if count > 1] == []
 
 
 def test_only_settings_reads_the_environment() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,19 +92,30 @@ def change_its_url(db: Database, webhook_id: str) -> None:
     WebhookManager(db=db).update(webhook_id, {"url": "http://127.0.0.1:9/other"})
 
 
+CHANGES = [release, disable, retry, claim, change_its_url]
+
+
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("change", [release, disable, retry, claim, change_its_url])
 def test_what_waits_for_a_webhook_does_not_make_a_change_of_its_lane_longer(
-    db: Database, manager: WebhookManager, webhook_id: str, change: Callable[[Database, str], None], ordered: bool
+    db: Database, manager: WebhookManager, webhook_id: str, ordered: bool
 ) -> None:
     manager.update(webhook_id, {"ordered": ordered})
     due = lanes.next_attempt_at(ordered, stored_time(clock.now()))
     wait(db, webhook_id, 1, FEW, due)
-    lanes.open_lanes(db, [webhook_id], now=True)
-    before = work(db, lambda: change(db, webhook_id))
+    before = works(db, webhook_id)
     wait(db, webhook_id, FEW + 1, MANY, due)
-    lanes.open_lanes(db, [webhook_id], now=True)
-    assert work(db, lambda: change(db, webhook_id)) < before + (ALLOWED if is_postgres(db) else 50)
+    allowed = ALLOWED if is_postgres(db) else 50
+    longer = {name: work for name, work in works(db, webhook_id).items() if work >= before[name] + allowed}
+    assert longer == {}, before
+
+
+def works(db: Database, webhook_id: str) -> dict[str, int]:
+    """Make each change once, with an open lane."""
+    done = {}
+    for change in CHANGES:
+        lanes.open_lanes(db, [webhook_id], now=True)
+        done[change.__name__] = work(db, functools.partial(change, db, webhook_id))
+    return done
 
 
 def left(db: Database) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import stat
@@ -49,8 +50,13 @@ def served(place: Place, receiver: Receiver) -> str:
     try:
         server.start()
         server.client.headers["Authorization"] = f"Bearer {DEBUG['API_KEYS']}"
-        for path in ("/works", "/fails"):
-            body = {"url": receiver.url + path, "events": ["a"], "secret": f"{MARK}-secret", "headers": {"X-Own": MARK}}
+        for path, event in itertools.product(("/works", "/fails"), ("a", "c")):
+            body = {
+                "url": receiver.url + path,
+                "events": [event],
+                "secret": f"{MARK}-secret",
+                "headers": {"X-Own": MARK},
+            }
             webhook = server.client.post("/api/v1/webhooks", json=body)
             assert webhook.status_code == 201, webhook.text
         path = f"/api/v1/webhooks/{webhook.json()['webhook_id']}"
@@ -95,7 +101,7 @@ def worked(place: Place, receiver: Receiver) -> str:
     worker = subprocess.Popen(command, env=env, cwd=place.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     came = len(receiver.received)
     try:
-        assert manage(place, "publish", "a", json.dumps({"text": MARK})).returncode == 0
+        assert manage(place, "publish", "c", json.dumps({"text": MARK})).returncode == 0
         receiver.wait_for(came + 2)
     finally:
         worker.terminate()

@@ -274,9 +274,9 @@ def request_of(target: Target, body: bytes, headers: Mapping[str, str]) -> bytes
 
 def in_turns(addresses: Addresses) -> Addresses:
     """The addresses of both families in turns, that of the first one first (RFC 8305, 4)."""
-    first = [one for one in addresses if one[0] == addresses[0][0]]
-    others = [one for one in addresses if one[0] != addresses[0][0]]
-    return [one for one in chain.from_iterable(zip_longest(first, others)) if one is not None]
+    first = [address for address in addresses if address[0] == addresses[0][0]]
+    others = [address for address in addresses if address[0] != addresses[0][0]]
+    return [address for address in chain.from_iterable(zip_longest(first, others)) if address is not None]
 
 
 def close_unused(attempt: asyncio.Task[Connection]) -> None:

@@ -51,7 +51,7 @@ class Busy(Exception):
 
 
 class Known(NamedTuple):
-    """What a look-up found, or why it failed. Times are of time.monotonic()."""
+    """The addresses that a look-up found, or why it failed. Times are of time.monotonic()."""
 
     addresses: Addresses
     problem: str

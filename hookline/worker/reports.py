@@ -22,8 +22,8 @@ REST = 60.0  # seconds between two lines that say whether a webhook fails
 MOST = 10_000  # webhooks of which the last line is known
 
 
-class Report(NamedTuple):
-    """Whether an endpoint fails, and how. `at` is of time.monotonic()."""
+class State(NamedTuple):
+    """The state of an endpoint: does it fail, and how. `at` is of time.monotonic()."""
 
     fails: bool
     at: float
@@ -34,8 +34,8 @@ class Reports:
     """The lines of one worker. Each webhook gets one a minute at most, which tells its state after that minute."""
 
     def __init__(self) -> None:
-        self._said: OrderedDict[str, Report] = OrderedDict()  # by webhook
-        self.unsaid: dict[str, Report] = {}  # by webhook, the latest of those whose state is not the one last said
+        self._said: OrderedDict[str, State] = OrderedDict()  # by webhook
+        self.unsaid: dict[str, State] = {}  # by webhook, the latest of those whose state is not the one last said
 
     def recorded(self, batch: Iterable[Settled], outcomes: Outcomes) -> None:
         """Report what has been committed."""
@@ -43,7 +43,7 @@ class Reports:
             webhook_id, fails = settled.job.webhook_id, settled.settlement.counts_as_failure
             if fails or webhook_id in self._said:
                 failure = failure_of(settled) if fails else ""
-                self._report(webhook_id, Report(fails, time.monotonic(), failure))
+                self._report(webhook_id, State(fails, time.monotonic(), failure))
         for settled in outcomes.failed:
             job = settled.job
             log.warning(
@@ -60,20 +60,20 @@ class Reports:
         for webhook_id, report in list(self.unsaid.items()):
             self._report(webhook_id, report._replace(at=time.monotonic()))
 
-    def _report(self, webhook_id: str, report: Report) -> None:
-        said = self._said.get(webhook_id, Report(False, report.at - REST))
+    def _report(self, webhook_id: str, state: State) -> None:
+        said = self._said.get(webhook_id, State(False, state.at - REST))
         self.unsaid.pop(webhook_id, None)
-        if report.fails is said.fails:
-            if not report.fails and report.at - said.at >= REST:
+        if state.fails is said.fails:
+            if not state.fails and state.at - said.at >= REST:
                 self._said.pop(webhook_id, None)
             return
-        if report.at - said.at < REST:
-            self.unsaid[webhook_id] = report
+        if state.at - said.at < REST:
+            self.unsaid[webhook_id] = state
             return
-        self._said[webhook_id] = report
+        self._said[webhook_id] = state
         self._said.move_to_end(webhook_id)
-        if report.fails:
-            log.warning("webhook %s fails: %s", webhook_id, report.failure)
+        if state.fails:
+            log.warning("webhook %s fails: %s", webhook_id, state.failure)
         else:
             log.warning("webhook %s works again", webhook_id)
         if len(self._said) > MOST:

@@ -13,7 +13,7 @@ from hookline import WebhookManager, clock, deliveries, policy
 from hookline.policy import Result
 from hookline.worker import reports
 from hookline.worker.jobs import Job, Settled
-from hookline.worker.reports import Report, Reports
+from hookline.worker.reports import Reports, State
 from hookline.worker.settling import Outcomes
 from tests.receiver import Answer, Received, Receiver
 from tests.working import rules, until, working
@@ -163,7 +163,7 @@ def test_recovery_is_told_after_its_minute_though_nothing_more_is_sent(
     tell(told, result_of("a", 500), result_of("b", 500), result_of("b", 200), result_of("a", 200), result_of("b", 502))
     told.catch_up()
     assert len(lines(log, "fails")) == 2 and lines(log, "again") == []
-    assert told.unsaid == {"a": Report(fails=False, at=now.now)}  # no body, which would be kept for a minute
+    assert told.unsaid == {"a": State(fails=False, at=now.now)}  # no body, which would be kept for a minute
     now.now += reports.REST
     for _ in range(2):
         told.catch_up()
