@@ -160,10 +160,10 @@ class Names:
 
     def _look_up(self, host: str) -> tuple[Addresses, str]:
         try:
-            found = self._getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            infos = self._getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError, ValueError):
             return [], "DNS lookup failed"
-        addresses = [(family, address) for family, _, _, _, address in found]
+        addresses = [(family, address) for family, _, _, _, address in infos]
         return addresses, "" if addresses else "DNS lookup failed"
 
     def _settle(self, lookup: Lookup, addresses: Addresses, problem: str) -> None:

@@ -75,10 +75,26 @@ def flood_of_unknown_length(connection: socket.socket) -> None:
     send_50_mb(connection)
 
 
-def flood_of_headers(connection: socket.socket) -> None:
+def flood_of_one_header(connection: socket.socket) -> None:
     connection.recv(65536)
     connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
     send_50_mb(connection)
+
+
+def flood_of_headers(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1_000_000)
+
+
+def flood_of_interim_answers(connection: socket.socket) -> None:
+    connection.recv(65536)
+    for _ in range(1000):
+        connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1000)
+
+
+def switch(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n")
 
 
 def send_50_mb(connection: socket.socket) -> None:
@@ -180,6 +196,9 @@ def memory(server: Server, field: str) -> int:
         (flood, "answered 500"),
         (flood_of_unknown_length, "answered 500"),
         (flood_of_headers, "more than 200 headers"),
+        (flood_of_one_header, "longer than 64 KiB"),
+        (flood_of_interim_answers, "more than 8 interim answers"),
+        (switch, "answered 101"),
         (close, "closed the connection without an answer"),
         (cut_off, "cut off"),
         (redirect, "answered 302: redirects are not followed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -13,6 +14,7 @@ from peewee import Database
 from standardwebhooks import Webhook as Oracle
 
 from hookline import WebhookManager, clock, deliveries, events, replays, signing
+from hookline.egress import names
 from hookline.egress.client import Client
 from hookline.events import NewEvent
 from hookline.store.open import open_database, storage_of
@@ -343,3 +345,30 @@ async def test_a_manager_of_its_own_delivers_between_startup_and_shutdown(tmp_pa
     await manager.send_event("goal", {"n": 1})
     await asyncio.to_thread(receiver.wait_for, 1)
     await manager.shutdown()
+
+
+async def test_an_attempt_without_a_thread_for_its_name_is_nobodys_failure(
+    db: Database, manager: WebhookManager, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "THREADS", 2)
+    monkeypatch.setattr(names, "RESERVED", 1)
+    monkeypatch.setattr(names, "QUEUED", 0.05)
+    answered = threading.Event()
+
+    def getaddrinfo(*arguments: Any, **options: Any) -> list[Any]:
+        answered.wait(30)
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    for number in range(4):
+        manager.register(f"http://dead{number}.test/", ["goal"], SECRET)
+    manager.register(f"{receiver.url}/healthy", ["goal"], SECRET)
+    client = Client(allowed=LOOPBACK, timeout=5, names=names.Names(getaddrinfo))
+    async with working(db, QUICK, client):
+        manager.send_event("goal", {})
+        await until(lambda: receiver.received)
+        await asyncio.sleep(0.3)  # several times as long as they wait for a thread
+        waiting = deliveries.page(db, status="pending")
+        assert [delivery["attempts"] for delivery in waiting] == [0] * 4
+        answered.set()
+        await until(ended(db, 5))
+    assert {delivery["reason"] for delivery in deliveries.page(db, status="failed")} == {"DNS lookup failed"}
