@@ -3,7 +3,7 @@ BIN := .venv/bin
 URL := $(or $(DATABASE_URL),$(shell sed -n "s/^[[:space:]]*\(export[[:space:]]*\)*DATABASE_URL[[:space:]]*=[[:space:]]*//p" .env 2>/dev/null))
 POSTGRES := $(filter postgres% "postgres% 'postgres%,$(firstword $(URL)))
 
-.PHONY: install run test lint bench
+.PHONY: install run test test-fast lint bench
 
 install: .venv/.installed
 
@@ -27,6 +27,9 @@ run: .venv/.run $(if $(POSTGRES),.venv/.postgres)
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
+
+test-fast: install  # what needs no PostgreSQL and breaks nothing: in half a minute
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not postgres and not faults"
 
 lint: install
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from tests.working import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
+FAULTS = ROOT / "tests" / "faults"
 STARTED = pytest.StashKey[Postgres | None]()
 SECRET = "a-secret-of-enough-characters"
 
@@ -41,13 +42,24 @@ def anyio_backend() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # of pytest-xdist: the workers share the server of whoever began them
+    begun_by_xdist = hasattr(config, "workerinput")  # and shares the server of the process that began it
+    if not begun_by_xdist and "not postgres" not in config.option.markexpr:
         config.stash[STARTED] = databases.start_shared()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if STARTED in config.stash:
         databases.stop_shared(config.stash[STARTED])
+
+
+@pytest.hookimpl(tryfirst=True)  # -m selects by what it adds
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs PostgreSQL, by its parameters, and the tests of faults, by their folder."""
+    for item in items:
+        if hasattr(item, "callspec") and "postgres" in item.callspec.params.values():
+            item.add_marker("postgres")
+        if FAULTS in item.path.parents:
+            item.add_marker("faults")
 
 
 @pytest.fixture(params=databases.BACKENDS)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from peewee import Database
 
-from hookline import WebhookManager, clock, deliveries, events, history, policy, replays
+from hookline import WebhookManager, clock, deliveries, events, history, lanes, policy, replays
 from hookline.egress.client import Client
 from hookline.errors import Conflict, Unavailable
 from hookline.events import NewEvent, Published
@@ -442,6 +442,23 @@ def test_a_claim_that_closes_a_lane_while_an_older_result_waits_for_it_is_not_un
     with another(place) as other, ThreadPoolExecutor(1) as thread:
         assert len(claim_up_to(other, 10)) == 1
         waiting = thread.submit(write_now, db, settling.settle, [settled(before, 500)], stored_time(LONG_AGO))
+        wait_for_a_waiter(place.url)
+        other.commit()
+        other.begin()
+        waiting.result(20)
+    assert claim(db) == []
+
+
+@only_postgres
+def test_a_claim_that_closes_a_lane_while_somebody_opens_it_is_not_undone(
+    place: Place, db: Database, manager: WebhookManager, webhook_id: str
+) -> None:
+    manager.update(webhook_id, {"ordered": True})
+    for number in range(2):
+        manager.send_event("goal", {"n": number})
+    with another(place) as other, ThreadPoolExecutor(1) as thread:
+        assert len(claim_up_to(other, 10)) == 1
+        waiting = thread.submit(write_now, db, partial(lanes.make_due, now=True), [webhook_id])
         wait_for_a_waiter(place.url)
         other.commit()
         other.begin()

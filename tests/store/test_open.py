@@ -25,6 +25,7 @@ async def test_every_pooled_connection_is_durable_and_checked(db: Database, stor
         assert found == expected
 
 
+@pytest.mark.postgres
 def test_connections_to_postgres_are_set_up_against_the_servers_defaults() -> None:
     defaults = {
         "synchronous_commit": "off",

@@ -137,6 +137,7 @@ def test_many_threads_share_the_pool(pool: Database) -> None:
     assert in_use(pool) == 0
 
 
+@pytest.mark.postgres
 def test_threads_with_a_connection_go_on_while_no_new_one_can_be_made() -> None:
     server = Postgres(("fsync=off",)).start()
     db = open_database(server.url)
