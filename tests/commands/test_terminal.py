@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,10 @@ def test_ctrl_c_in_a_progress_bar_gives_the_cursor_back(place: Place, db: Databa
     with db.connection_context(), db.atomic():  # on SQLite this is the lock of all writers
         if is_postgres(db):
             db.execute_sql("LOCK TABLE events IN SHARE ROW EXCLUSIVE MODE")
-        process = subprocess.Popen(command, env=env, cwd=place.folder, stdout=subprocess.PIPE, stderr=theirs)
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may ignore it
+        process = subprocess.Popen(
+            command, env=env, cwd=place.folder, stdout=subprocess.PIPE, stderr=theirs, preexec_fn=heed
+        )
         os.close(theirs)
         printed = os.read(ours, 4096)  # the bar, before the first batch, which waits for the lock
         process.send_signal(signal.SIGINT)

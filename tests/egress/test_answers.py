@@ -10,8 +10,8 @@ import ssl
 import struct
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from ipaddress import ip_network
@@ -26,13 +26,12 @@ from hookline.egress.guard import NAME_REFUSED, literal_refusal, refusal
 from hookline.egress.names import Names
 from hookline.policy import Result
 from tests.databases import free_port
+from tests.egress.serving import Handler, serving
 
 NOW = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)
 LOOPBACK = ip_network("127.0.0.0/8")
 BODY = b'{"event":"game_started"}'
 TIMEOUT = 0.5
-
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 # The guard
@@ -250,30 +249,6 @@ def test_retry_after_is_seconds_or_a_date_and_all_else_is_nothing(text: str | No
 
 
 # The client, against real servers
-
-
-@asynccontextmanager
-async def serving(handler: Handler, context: ssl.SSLContext | None = None) -> AsyncIterator[int]:
-    """A server on a port of 127.0.0.1, whose handler gets each connection."""
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
-        try:
-            with suppress(ConnectionError):
-                await handler(reader, writer)
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
-    yield server.sockets[0].getsockname()[1]
-    server.close()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await server.wait_closed()
 
 
 async def request(reader: asyncio.StreamReader) -> bytes:

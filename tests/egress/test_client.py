@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
 from typing import Any
@@ -15,10 +15,10 @@ from hookline.egress import client as egress_client
 from hookline.egress.client import Client, in_turns
 from hookline.egress.connection import NO_ANSWER
 from hookline.egress.names import Names
+from tests.egress.serving import serving
 
 BODY = b'{"n": 1}'
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Endpoint:
@@ -39,13 +39,6 @@ class Endpoint:
             self.requests += 1
             writer.write(self.answer)
         writer.close()
-
-
-@asynccontextmanager
-async def serving(handler: Handler) -> AsyncIterator[int]:
-    server = await asyncio.start_server(handler, "127.0.0.1", 0)
-    yield server.sockets[0].getsockname()[1]
-    server.close()
 
 
 @asynccontextmanager

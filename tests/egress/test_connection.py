@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hookline.egress.client import Client
 from hookline.egress.connection import KEPT, Answer, Broken, Connection
 from tests.egress.answers import ANSWERS
+from tests.egress.serving import serving
 
 BODY = b'{"event":"game_started"}'
 Outcome = int | str  # the status, or "no answer"
@@ -45,10 +46,8 @@ async def answering(answer: bytes) -> AsyncIterator[int]:
         writer.write(answer)
         writer.close()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    yield server.sockets[0].getsockname()[1]
-    server.close()
-    await server.wait_closed()
+    async with serving(handle) as port:
+        yield port
 
 
 async def ours(url: str) -> Outcome:

@@ -19,6 +19,7 @@ from hookline.egress import client as egress_client
 from hookline.egress.client import Client
 from hookline.egress.names import Names
 from hookline.policy import Result
+from tests.egress.serving import serving as any_server
 
 BODY = b"{}"
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -57,11 +58,9 @@ async def serving(context: ssl.SSLContext | None, received: list[bytes]) -> Asyn
         else:
             received.append(await reader.readuntil(b"\r\n\r\n"))
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-        writer.close()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
-    yield server.sockets[0].getsockname()[1]
-    server.close()
+    async with any_server(handle, context) as port:
+        yield port
 
 
 def serves(certificate: trustme.LeafCert) -> ssl.SSLContext:
@@ -138,7 +137,6 @@ async def test_a_server_that_does_not_speak_tls_fails() -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    result = await post(server.sockets[0].getsockname()[1])
-    server.close()
+    async with any_server(handle) as port:
+        result = await post(port)
     assert result.status_code is None and (result.error or "").startswith("TLS failed: ")
