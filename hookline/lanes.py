@@ -157,16 +157,9 @@ def make_due(db: Database, webhook_ids: Iterable[str], *, now: bool = False) -> 
     nobody.
     """
     values = {"now": stored_time(clock.now()), "webhook_ids": sql.encoded_ids(set(webhook_ids))}
-    if now and is_postgres(db):  # a statement of its own, so that the next one sees what was leased meanwhile
-        db.execute_sql(_lock_lanes_sql(db), values)
+    if now and is_postgres(db):  # locks the lanes, so that the next statement sees what was leased meanwhile
+        db.execute_sql(_make_due_sql(db), values)
     return len(db.execute_sql(_open_all_sql(db) if now else _make_due_sql(db), values).fetchall())
-
-
-@lru_cache(maxsize=8)
-def _lock_lanes_sql(db: Database) -> str:
-    webhook_ids = f"SELECT id FROM {sql.values(db, 'webhook_ids', 'id')}"
-    order = "ORDER BY webhook_id" + locks.for_update(db, "lanes")
-    return f"SELECT webhook_id FROM lanes WHERE webhook_id IN ({webhook_ids}) {order}"
 
 
 @lru_cache(maxsize=8)

@@ -63,7 +63,7 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """The number of jobs whose results are neither recorded nor blocked by a lock."""
+        """The number of jobs whose results are not recorded yet, including those blocked by a lock."""
         return len(self._jobs)
 
     def problem(self) -> str | None:
