@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from peewee import CharField, Database, DatabaseProxy, Model, PostgresqlDatabase
 
 import hookline
 import models
-from hookline.errors import Conflict, Invalid, NotFound
-from tests.conftest import SECRET
+from hookline.errors import Conflict, Invalid, NotFound, Unavailable
+from tests.conftest import ROOT, SECRET
 from tests.databases import Place
 
 FOREIGN_KEYS = {"foreign_keys": 1}
@@ -50,6 +52,28 @@ def test_migrating_is_explicit(empty: Place) -> None:
     assert service.migrate() == []
     assert service.publish("goal", {}).deliveries == 0
     service.db.close_all()  # type: ignore[attr-defined]
+
+
+def test_publishing_on_a_database_that_is_not_migrated_says_so(empty: Place) -> None:
+    service = hookline.connect(empty.url)
+    if isinstance(service.db, SqliteDatabase):
+        empty.file.touch()
+    with pytest.raises(Unavailable, match="the database is not migrated: a table or column is missing"):
+        hookline.publish("goal", {})
+    service.migrate()
+    with service.db.connection_context():
+        service.db.execute_sql("ALTER TABLE events DROP COLUMN payload")
+    with pytest.raises(Unavailable, match="the database is not migrated: a table or column is missing"):
+        hookline.publish("goal", {})
+    service.db.close_all()  # type: ignore[attr-defined]
+
+
+def test_postgresql_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is installed with pip or runs from its tree: the former has no requirements-postgres.txt."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    needed = (ROOT / "requirements-postgres.txt").read_text().splitlines()[-1]
+    with pytest.raises(Invalid, match=re.escape(f"pip install '{needed}'")):
+        hookline.connect("postgresql://localhost/shop")
 
 
 def test_only_migrating_makes_the_file(tmp_path: Path) -> None:

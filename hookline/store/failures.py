@@ -11,6 +11,7 @@ in_peewees_words: Any = wrapper  # a block in which the driver's exceptions beco
 FAILURES = (OperationalError, InterfaceError, InternalError)
 LOCKED = "55P03"  # lock_not_available
 UNKNOWN = "the database is unavailable; nothing was stored, try again"
+NOT_MIGRATED = "the database is not migrated: a table or column is missing; nothing was stored"
 BUSY = "the database is busy; nothing was stored, try again"
 SENTENCES = {
     "SQLITE_FULL": "the disk is full; nothing was stored",
@@ -19,18 +20,23 @@ SENTENCES = {
     "53100": "the disk is full; nothing was stored",  # SQLSTATEs of PostgreSQL from here on
     "25006": "the database is read-only; nothing was stored",
     "42501": "the database role lacks a right that it needs; nothing was stored",
+    "42P01": NOT_MIGRATED,  # undefined_table
+    "42703": NOT_MIGRATED,  # undefined_column
     "23503": BUSY,  # foreign_key_violation: the row that it points at has just been deleted
     "40001": BUSY,  # serialization_failure
     "40P01": BUSY,  # deadlock_detected
     LOCKED: BUSY,
     "57014": BUSY,  # query_canceled, by statement_timeout
 }
-OF_OPERATORS = frozenset({"42501"})  # an operator's mistakes, which Peewee raises as ProgrammingError
+MISSING = ("no such table", "no such column", "has no column named")  # SQLite has no name for these
+OF_OPERATORS = frozenset({"42501", "42P01", "42703"})  # an operator's mistakes, which Peewee raises as ProgrammingError
 TRANSIENT = frozenset({"40001", "40P01", "23503"})  # a concurrent change, such as a webhook just deleted
 
 
 def sentence_for(exc: BaseException) -> str:
     """The reason for a user, without SQL, paths or hosts."""
+    if any(words in str(exc) for words in MISSING):
+        return NOT_MIGRATED
     return SENTENCES.get(error_name(exc), UNKNOWN)
 
 

@@ -93,7 +93,7 @@ def _open_postgres(url: str, pool_size: int, long_work: bool) -> Database:
         from psycopg import ProgrammingError
         from psycopg.conninfo import conninfo_to_dict
     except ImportError as exc:
-        raise Invalid("PostgreSQL needs its driver: pip install -r requirements-postgres.txt") from exc
+        raise Invalid("PostgreSQL needs its driver: pip install 'psycopg[binary]>=3.3,<4'") from exc
     try:
         parameters: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url), **FIXED}
     except (ProgrammingError, UnicodeDecodeError) as exc:
