@@ -40,7 +40,10 @@ def connect(database: str | Database) -> Binding:
 
 
 class Binding:
-    """Hookline on the Peewee database `db`. Inside `with db.atomic():` every method is part of that transaction."""
+    """Hookline on the Peewee database `db`. Inside `with db.atomic():` every method is part of that transaction.
+
+    One that was opened by its URL does not connect of itself: `with db.connection_context(), db.atomic():`.
+    """
 
     def __init__(self, db: Database) -> None:
         self.db = db
